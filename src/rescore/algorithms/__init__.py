@@ -1,0 +1,1 @@
+"""One method, one file: hyper-parameters, record, credit and loss."""

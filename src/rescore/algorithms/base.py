@@ -1,0 +1,85 @@
+"""The interface of an algorithm: what it records, selects, credits and minimises."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from rescore.sampling.decoder import Decoder
+from rescore.sampling.policy import Models
+from rescore.sampling.record import Record
+from rescore.sampling.rng import Rng
+from rescore.types import Actions, Credited, MaskedTrajectory, Scored, Selected, Terms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Algorithm(abc.ABC):
+    """A method. Frozen: the instance is its own configuration; state lives in modules and the trainer.
+
+    Data flow: ``record`` -> sampling -> ``select`` -> rewards -> ``annotate`` -> ``credit`` -> ``loss``.
+    """
+
+    citation: ClassVar[str]
+    """BibTeX of the source."""
+
+    @property
+    @abc.abstractmethod
+    def record(self) -> Record:
+        """What the sampler must save."""
+
+    @property
+    def uses_reference(self) -> bool:
+        """True if ``annotate`` or ``loss`` asks for ``models.ref``."""
+        return False
+
+    @property
+    def on_policy(self) -> bool:
+        """True if the loss is valid for one optimiser step per rollout only."""
+        return False
+
+    def check(self, decoder: Decoder, group_size: int) -> None:
+        """Refuse a decoder or a group size that the method cannot use.
+
+        Raises:
+            ValueError: says which, and what to change.
+        """
+        if decoder.temperature <= 0:
+            raise ValueError(
+                f"decoder: temperature={decoder.temperature:g} makes the policy deterministic, and its "
+                f"log-probabilities have no gradient to train on; use a temperature above 0"
+            )
+
+    def select(self, trajectory: MaskedTrajectory, rng: Rng) -> Selected:
+        """Choose the steps that count; the default is all of them, each once."""
+        n_samples, n_steps = trajectory.log_prob.shape
+        step = torch.arange(n_steps, device=trajectory.x_0.device).expand(n_samples, -1)
+        weight = torch.ones_like(trajectory.log_prob)
+        return Selected(trajectory=trajectory, step=step, step_weight=weight)
+
+    def annotate(self, models: Models, scored: Scored) -> Scored:
+        """Add what needs a model but no policy gradient, once per rollout; the default adds nothing."""
+        return scored
+
+    @abc.abstractmethod
+    def credit(self, scored: Scored) -> Credited:
+        """Turn rewards into advantages and weights. Pure; sees the whole batch, not the models."""
+
+    @abc.abstractmethod
+    def loss(self, models: Models, actions: Actions, rng: Rng) -> Terms:
+        """The unreduced loss of a micro-batch. Sees the models, not the batch."""
+
+
+def check_group(baseline: str, group_size: int) -> None:
+    """A group baseline needs company.
+
+    Raises:
+        ValueError: a group of one with a baseline made of the group.
+    """
+    if baseline != "none" and group_size < 2:
+        raise ValueError(
+            f"baseline='{baseline}' compares the samples of a group, but group_size={group_size}; "
+            f"use group_size >= 2 or baseline='none'"
+        )

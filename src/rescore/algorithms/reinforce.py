@@ -1,0 +1,64 @@
+"""REINFORCE on denoising trajectories: every step, one on-policy gradient per rollout.
+
+Source: Williams 1992, Machine Learning 8, 229-256, applied to the denoising MDP: the reward of the
+finished sample multiplies the sum of the step scores. With no baseline or leave-one-out the expected
+gradient is exactly that of E[r]; the group mean scales it by 1 - 1/G.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from rescore.algorithms.base import Algorithm, check_group
+from rescore.objectives.advantages import Baseline, centre
+from rescore.objectives.policy_gradient import score_function
+from rescore.sampling.decoder import Decoder
+from rescore.sampling.policy import Models
+from rescore.sampling.record import Record, Score
+from rescore.sampling.rng import Rng
+from rescore.types import Actions, Credited, Scored, Terms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reinforce(Algorithm):
+    """REINFORCE over all steps."""
+
+    baseline: Baseline = "leave_one_out"
+    """What is subtracted from the reward."""
+    score: Score = Score()
+    """What the log-probability of a step counts."""
+
+    citation: ClassVar[str] = """@article{williams1992simple,
+  title   = {Simple statistical gradient-following algorithms for connectionist reinforcement learning},
+  author  = {Williams, Ronald J.},
+  journal = {Machine Learning},
+  volume  = {8},
+  pages   = {229--256},
+  year    = {1992}
+}"""
+
+    @property
+    def record(self) -> Record:
+        return Record(score=self.score)
+
+    @property
+    def on_policy(self) -> bool:
+        return True
+
+    def check(self, decoder: Decoder, group_size: int) -> None:
+        super().check(decoder, group_size)
+        check_group(self.baseline, group_size)
+
+    def credit(self, scored: Scored) -> Credited:
+        advantage = centre(scored.reward, scored.trajectory.prompts.group, self.baseline)
+        advantage = advantage[:, None].expand_as(scored.step_weight)
+        active = (advantage != 0) & (scored.trajectory.revealed() > 0)
+        weight = torch.where(active, scored.step_weight / len(scored.reward), 0.0)
+        return Credited(**scored.fields(), advantage=advantage, weight=weight)
+
+    def loss(self, models: Models, actions: Actions, rng: Rng) -> Terms:
+        new = models.new.transition(actions.trajectory, actions.step, self.score)
+        return score_function(new.log_prob, actions.log_prob_old, actions.advantage)

@@ -1,0 +1,51 @@
+"""One prompt being denoised, step by step, as data for the report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rescore.sampling.policy import MaskedPolicy
+from rescore.sampling.record import Record
+from rescore.sampling.rng import SampleRng
+from rescore.tasks.task import Split, Task
+
+
+def film_strip(
+    policy: MaskedPolicy,
+    task: Task,
+    split: Split,
+    number: int,
+    *,
+    seed: int,
+    label: str,
+    device: torch.device | str,
+) -> dict[str, Any]:
+    """The canvas of prompt ``number`` before every step and at the end, as text cells.
+
+    Returns:
+        ``label``, ``frames`` (each ``step`` and ``cells``; masks are empty), ``given`` and ``solution``
+        per cell, and ``note``: the reward terms of the result.
+    """
+    index = torch.tensor([number])
+    prompts = task.prompts(split, index).to(device)
+    trajectory = policy.sample(prompts, Record(), SampleRng(seed, index.to(device)))
+    steps = torch.arange(policy.decoder.steps + 1, device=device)
+    frames = [
+        {"step": k, "cells": cells(task, trajectory.state(steps[k : k + 1], task.vocab_size)[0])}
+        for k in range(policy.decoder.steps + 1)
+    ]
+    terms = task.reward.terms(trajectory.x_0, prompts)
+    return {
+        "label": label,
+        "frames": frames,
+        "given": (~prompts.editable[0]).tolist(),
+        "solution": cells(task, task.gold(prompts)[0]),
+        "note": ", ".join(f"{name} {value.item():.2f}" for name, value in terms.items()),
+    }
+
+
+def cells(task: Task, tokens: torch.Tensor) -> list[str]:
+    """Each token as text; the mask as an empty cell."""
+    return [task.symbols[t] if t < task.vocab_size else "" for t in tokens.tolist()]

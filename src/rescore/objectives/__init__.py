@@ -1,0 +1,1 @@
+"""What to minimise: losses, divergences and advantages as functions of tensors."""

@@ -1,0 +1,1 @@
+"""What noise does: schedules, noising, reverse steps and their log-probabilities."""

@@ -1,0 +1,1 @@
+"""Exact gradients on worlds small enough to enumerate."""

@@ -1,0 +1,242 @@
+"""Exact gradients and exact expectations of estimators, by enumeration of the code that really runs.
+
+The sampler and the algorithms draw through the ``Rng`` protocol. ``EnumeratingRng`` implements it so
+that row b of a batch takes outcome number b; running the real sampler once on a batch of all outcomes
+gives every path with its exact, differentiable probability. No formula of an algorithm and no
+log-probability of a step is repeated here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from rescore.algorithms.base import Algorithm
+from rescore.processes.masked import FAR_BELOW
+from rescore.proof.worlds import POLICY_SEED, REFERENCE_SEED, Tabled, World, jacobian
+from rescore.sampling.decoder import Decoder
+from rescore.sampling.discrete import sample_masked
+from rescore.sampling.policy import MaskedPolicy, Models
+from rescore.sampling.record import Record
+from rescore.sampling.rng import Stream
+from rescore.types import Actions, MaskedTrajectory, Scored
+
+GROUP_SIZE = 2
+CHUNK = 2**17
+"""Groups treated at once; bounds the memory, changes nothing else."""
+
+
+class EnumeratingRng:
+    """Draws that are given: row b takes outcome ``outcome[b]``, read as digits, one per call.
+
+    A categorical call of R rows over V tokens is a digit of radix V^R; an ordered draw of n out of m is
+    one of radix m! / (m - n)!. The radices must be the same for all rows of the batch.
+    """
+
+    def __init__(self, outcome: Int[Tensor, " B"]) -> None:
+        self.rest = outcome
+        self.n_outcomes = 1
+        """Outcomes of the calls made so far."""
+        self.probability = torch.ones(len(outcome), dtype=torch.float64)
+        """Of the outcome of each row; differentiable in what was passed."""
+
+    def categorical(
+        self, probs: Float[Tensor, "B R V"], stream: Stream, step: int, where: Int[Tensor, "B R"]
+    ) -> Int[Tensor, "B R"]:
+        """The tokens of this outcome; their probabilities are multiplied up."""
+        n_rows, n_tokens = probs.shape[1:]
+        place = n_tokens ** torch.arange(n_rows)
+        token = self._digit(n_tokens**n_rows)[:, None] // place % n_tokens
+        drawn = probs.gather(-1, token[..., None]).squeeze(-1) / probs.sum(-1)
+        self.probability = self.probability * drawn.prod(-1)
+        return token
+
+    def ordered(
+        self, log_weight: Float[Tensor, "B R"], n: int, step: int, where: Int[Tensor, "B R"]
+    ) -> Int[Tensor, "B n"]:
+        """The rows of this outcome; the i-th is drawn in proportion to the weights still there."""
+        candidate = log_weight > FAR_BELOW / 2
+        m = int(candidate[0].sum())
+        draws = torch.tensor(list(itertools.permutations(range(m), n)))
+        chosen = candidate.nonzero()[:, 1].view(-1, m).gather(1, draws[self._digit(len(draws))])
+        weight = log_weight.double().softmax(-1)
+        for row in chosen.split(1, dim=1):
+            share = weight.gather(1, row) / weight.sum(1, keepdim=True)
+            self.probability = self.probability * share.squeeze(1)
+            weight = weight.scatter(1, row, 0.0)
+        return chosen
+
+    def _digit(self, radix: int) -> Int[Tensor, " B"]:
+        self.n_outcomes *= radix
+        digit, self.rest = self.rest % radix, self.rest // radix
+        return digit
+
+
+class Paths(NamedTuple):
+    """Every path the sampler can take."""
+
+    trajectory: MaskedTrajectory
+    probability: Float[Tensor, " N"]
+    """Under the sampler that ran, with its graph."""
+
+
+def enumerate_paths(
+    denoiser: Tabled, decoder: Decoder, world: World, record: Record = Record()
+) -> Paths:
+    """Run ``sample_masked`` on all outcomes; outcomes that give the same path are added up.
+
+    Several do where the sampler draws more than it keeps: the losing proposals of ``low_confidence``.
+    """
+    dry = EnumeratingRng(torch.zeros(1, dtype=torch.long))
+    with torch.no_grad():
+        sample_masked(denoiser, decoder, world.prompts(1), record, dry)
+    rng = EnumeratingRng(torch.arange(dry.n_outcomes))
+    with torch.enable_grad():
+        all_of_them = sample_masked(
+            denoiser, decoder, world.prompts(dry.n_outcomes), record, rng
+        )
+    name = torch.cat([all_of_them.x_0, all_of_them.rank], 1)
+    path = name.unique(dim=0, return_inverse=True)[1]
+    n_paths = int(path.max()) + 1
+    first = torch.full((n_paths,), len(path)).scatter_reduce(
+        0, path, torch.arange(len(path)), "amin"
+    )
+    return Paths(
+        trajectory=all_of_them.map(torch.Tensor.detach).take(first),
+        probability=rng.probability.new_zeros(n_paths).index_add(0, path, rng.probability),
+    )
+
+
+def exact_gradient(world: World, decoder: Decoder, beta: float = 0.0) -> Float[Tensor, " D"]:
+    """The gradient of J = E[r(x_0)] - beta KL(path law || reference's path law), by autograd.
+
+    For max_prob and low_confidence it is the almost-everywhere one.
+    """
+    denoiser = Tabled.of(world.denoiser(POLICY_SEED), world.canvases())
+    paths = enumerate_paths(denoiser, decoder, world)
+    value = world.reward(paths.trajectory.x_0)
+    if beta:
+        with torch.no_grad():
+            reference = Tabled.of(world.denoiser(REFERENCE_SEED), world.canvases())
+        theirs = enumerate_paths(reference, decoder, world)
+        assert torch.equal(paths.trajectory.rank, theirs.trajectory.rank), "laws on other paths"
+        value = value - beta * (paths.probability / theirs.probability.detach()).log()
+    gradient = denoiser.gradient((paths.probability * value).sum())
+    return gradient.flatten() @ jacobian(world).flatten(0, 2)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An estimator of the gradient made of one group of two samples, in expectation."""
+
+    mean: Float[Tensor, " D"]
+    variance: float
+    """Trace of the covariance."""
+    forwards: float
+    """Network rows per sample after the rollout."""
+
+
+class Groups:
+    """All that an algorithm may meet: every path, with every selection of steps it may draw from it.
+
+    ``select`` and ``annotate`` work sample by sample, so they run once per item rather than per group.
+    """
+
+    def __init__(self, algorithm: Algorithm, world: World, decoder: Decoder) -> None:
+        algorithm.check(decoder, GROUP_SIZE)
+        self.algorithm, self.world = algorithm, world
+        canvases = world.canvases()
+        self.new = Tabled.of(world.denoiser(POLICY_SEED), canvases)
+        self.ref = Tabled.of(world.denoiser(REFERENCE_SEED), canvases)
+        ref = MaskedPolicy(self.ref, decoder) if algorithm.uses_reference else None
+        self.models = Models(new=MaskedPolicy(self.new, decoder), ref=ref)
+
+        paths, probability = enumerate_paths(self.new, decoder, world, algorithm.record)
+        self.new.uses.clear()
+        dry = EnumeratingRng(torch.zeros(len(probability), dtype=torch.long))
+        algorithm.select(paths, dry)
+        self.path = torch.arange(len(probability)).repeat_interleave(dry.n_outcomes)
+        rng = EnumeratingRng(torch.arange(dry.n_outcomes).repeat(len(probability)))
+        selected = algorithm.select(paths.take(self.path), rng)
+        self.probability = probability.detach()[self.path] * rng.probability
+
+        rows = self._rows()
+        reward = world.reward(selected.trajectory.x_0)
+        scored = Scored(**selected.fields(), reward=reward, terms={})
+        self.items = algorithm.annotate(self.models, scored)
+        self.forwards = (self._rows() - rows) / len(reward)
+
+    def gradients(
+        self, members: Int[Tensor, "M 2"]
+    ) -> tuple[Float[Tensor, "M D"], Float[Tensor, " M"]]:
+        """The gradient that each group, alone in a batch, would step along, and its forwards.
+
+        All groups form one batch for ``credit``, which divides by the batch; that is undone. ``loss``
+        sees actions, not the batch, so equal actions are put to it once.
+        """
+        n_groups = len(members)
+        group = torch.arange(n_groups).repeat_interleave(GROUP_SIZE)
+        batch = self.items.take(members.flatten())
+        prompts = replace(
+            batch.trajectory.prompts, group=group, sample_id=torch.arange(len(group))
+        )
+        batch = replace(batch, trajectory=replace(batch.trajectory, prompts=prompts))
+        credited = self.algorithm.credit(batch)
+        weight = credited.weight * n_groups
+
+        width = weight.shape[1]
+        name = self.path[members.flatten()][:, None] * self.world.steps + credited.step
+        for values in (credited.advantage, *credited.notes.values()):
+            distinct, number = values.unique(return_inverse=True)
+            name = name * len(distinct) + number
+        place = (weight.flatten() != 0).nonzero()[:, 0]
+        distinct, action = name.flatten()[place].unique(return_inverse=True)
+        example = torch.empty_like(distinct).scatter_(0, action, place)
+        gradient, rows = self._action_gradients(
+            credited.actions(torch.stack([example // width, example % width], 1))
+        )
+        column = torch.zeros_like(name.flatten()).scatter_(0, place, action)
+        shape = (n_groups, GROUP_SIZE * width)
+        total = embedding_bag(
+            column.view(shape), gradient, mode="sum", per_sample_weights=weight.view(shape)
+        )
+        trained = (weight.view(shape) != 0).double().sum(1)
+        return total, self.forwards + rows * trained / GROUP_SIZE
+
+    def _action_gradients(self, actions: Actions) -> tuple[Float[Tensor, "N D"], float]:
+        """Minus the gradient of the loss of each action, and the network rows each needs."""
+        n_actions, rows = len(actions.step), self._rows()
+        self.new.uses.clear()
+        rng = EnumeratingRng(torch.zeros(n_actions, dtype=torch.long))
+        loss = self.algorithm.loss(self.models, actions, rng).loss
+        assert rng.n_outcomes == 1, "a loss that draws has to be enumerated, which is not done here"
+        ((state, logits),) = self.new.uses  # one network row per action
+        (part,) = torch.autograd.grad(loss.sum(), [logits])
+        slope = jacobian(self.world)
+        gradient = slope.new_zeros(n_actions, slope.shape[-1])
+        for s in state.unique():
+            gradient[state == s] = -part[state == s].flatten(1) @ slope[s].flatten(0, 1)
+        return gradient, (self._rows() - rows) / n_actions
+
+    def _rows(self) -> int:
+        return self.new.rows + self.ref.rows
+
+
+def expectation(algorithm: Algorithm, world: World, decoder: Decoder) -> Estimate:
+    """Mean and variance of an algorithm's estimator over all groups of two and all selections."""
+    groups = Groups(algorithm, world, decoder)
+    item = torch.arange(len(groups.probability))
+    mean, square, forwards = torch.zeros(()), torch.zeros(()), torch.zeros(())
+    for members in torch.cartesian_prod(item, item).split(CHUNK):
+        probability = groups.probability[members].prod(1)
+        gradient, rows = groups.gradients(members)
+        mean = mean + probability @ gradient
+        square = square + probability @ gradient.square().sum(1)
+        forwards = forwards + probability @ rows
+    return Estimate(mean, float(square - mean.square().sum()), float(forwards))

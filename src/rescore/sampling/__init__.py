@@ -1,0 +1,1 @@
+"""Denoiser and process to trajectory."""

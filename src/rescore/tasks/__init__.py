@@ -1,0 +1,1 @@
+"""Prompts, rewards, splits and metrics, one file per task."""

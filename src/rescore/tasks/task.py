@@ -1,0 +1,94 @@
+"""A task: prompts, a reward, three splits that share no content, and clean data to train a base on."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from rescore.rewards.reward import Reward
+from rescore.types import Prompts
+
+Split = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A canvas as a table of cells, with thicker lines around boxes."""
+
+    rows: int
+    columns: int
+    box_rows: int
+    box_columns: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(abc.ABC):
+    """Data and judgement, without a model. Subclass, add fields, implement the members below."""
+
+    @property
+    @abc.abstractmethod
+    def vocab_size(self) -> int:
+        """Number of ordinary tokens V; the mask token is V."""
+
+    @property
+    @abc.abstractmethod
+    def symbols(self) -> tuple[str, ...]:
+        """Each of the V ordinary tokens as text."""
+
+    @property
+    def layout(self) -> Layout:
+        """How to draw a canvas; one row unless a task says otherwise."""
+        return Layout(rows=1, columns=self.length, box_rows=1, box_columns=self.length)
+
+    @property
+    @abc.abstractmethod
+    def length(self) -> int:
+        """L: positions of the canvas."""
+
+    @property
+    @abc.abstractmethod
+    def reward(self) -> Reward:
+        """What an output is worth; every term of it is reported by name."""
+
+    @abc.abstractmethod
+    def size(self, split: Split) -> int:
+        """Number of prompts in a split."""
+
+    @abc.abstractmethod
+    def prompts(self, split: Split, index: Int[Tensor, " B"]) -> Prompts:
+        """The prompts with these numbers, each its own group, ``sample_id`` = position in the batch.
+
+        A pure function of its arguments.
+        """
+
+    @abc.abstractmethod
+    def clean(self, split: Split) -> Int[Tensor, "n L"]:
+        """Finished sequences of a split, to pre-train or validate a base model on."""
+
+    @abc.abstractmethod
+    def gold(self, prompts: Prompts) -> Int[Tensor, "B L"]:
+        """A perfect output for each prompt."""
+
+    @abc.abstractmethod
+    def show(self, tokens: Int[Tensor, " L"]) -> str:
+        """One canvas as text a person can read; masks are dots."""
+
+    def validate(self, n: int = 16) -> None:
+        """Score the gold outputs of each split and demand the full reward of every term.
+
+        Raises:
+            ValueError: a gold output earns less than 1 in some term.
+        """
+        for split in ("train", "validation", "test"):
+            prompts = self.prompts(split, torch.arange(min(n, self.size(split))))
+            for name, value in self.reward.terms(self.gold(prompts), prompts).items():
+                if bool((value != 1).any()):
+                    raise ValueError(
+                        f"gold outputs of split '{split}' earn {value.min().item()} in '{name}'; "
+                        f"expected 1"
+                    )

@@ -1,0 +1,1 @@
+"""The loop, once, with its checkpoints, logs and optimiser."""

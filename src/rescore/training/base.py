@@ -1,0 +1,59 @@
+"""Where a run's network comes from."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from rescore.tasks.task import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base(abc.ABC):
+    """A base model. Subclass it to bring your own: ``build`` returns any module that is a ``Denoiser``.
+
+    ``Pretrain`` trains a small one; an adapter for large models loads weights.
+    """
+
+    @abc.abstractmethod
+    def build(
+        self,
+        task: Task,
+        *,
+        seed: int,
+        cache: Path,
+        device: torch.device | str,
+        note: Callable[[str], None],
+    ) -> nn.Module:
+        """The network with its weights, the same ones for the same arguments.
+
+        Args:
+            task: what it must fit.
+            seed: of the run; for bases that are trained.
+            cache: a folder that outlives the run.
+            device: where to put it.
+            note: shows the user a line of progress.
+        """
+
+    def continued(
+        self,
+        module: nn.Module,
+        task: Task,
+        *,
+        seed: int,
+        cpu_s: float,
+        note: Callable[[str], None],
+    ) -> nn.Module:
+        """A copy of ``module`` trained on for about ``cpu_s`` CPU-seconds in the way the base was.
+
+        Raises:
+            ValueError: this base is not trained by the project.
+        """
+        raise ValueError(
+            f"{type(self).__name__} cannot be trained further here, so evaluate.control must be off"
+        )

@@ -1,0 +1,201 @@
+"""The loop, once: sample, score, credit, update, log, evaluate, checkpoint; on one process or many.
+
+Every process builds the prompts of the whole batch and samples its own share of the groups; the scored
+batch is then gathered, so credit sees all of it, and every process takes every W-th (sample, step) pair.
+Randomness is per sample and the loss a plain weighted sum, so the result does not depend on the number
+of processes or on the micro-batch size.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rescore.evaluation.metrics import evaluate, summarise
+from rescore.models.denoiser import Denoiser
+from rescore.objectives.advantages import zero_variance
+from rescore.rewards.reward import RewardError
+from rescore.sampling.policy import MaskedPolicy
+from rescore.tasks.task import Split
+from rescore.training.log import Console, MetricsFile
+from rescore.training.rollout import probe, rollout
+from rescore.training.update import update
+from rescore.training.world import TrainState, World, save_state
+from rescore.types import Scored
+
+EVALUATION_SEED = 0x5EED
+"""Mixed into the run's seed, so that evaluation noise is not training noise."""
+
+
+class Interrupted(Exception):
+    """The user asked to stop; the run is saved."""
+
+
+def train(world: World, out: Path, console: Console) -> None:
+    """Run the loop from the state the world is in to ``run.steps``, in the run directory ``out``.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM; the run is saved.
+        RewardError: a reward failed; the run is saved as of the last finished step.
+        TrainingError: the probe failed, or too many updates were not finite.
+        StorageError: the disk refused; earlier checkpoints are intact.
+    """
+    run, state, main = world.run, world.state, world.accelerator.is_main_process
+    metrics_file = MetricsFile(out / "metrics.jsonl") if main else None
+    evaluations = MetricsFile(out / "evaluations.jsonl") if main else None
+    started, probed, saved = time.perf_counter(), False, state.step
+
+    def assess() -> None:
+        clock = time.perf_counter()
+        values = evaluate_split(world, "validation", run.evaluate.n)
+        summary = summarise(values)
+        value = summary[run.evaluate.by]["mean"]
+        if state.best_value is None or value > state.best_value:
+            state.best_step, state.best_value = state.step, value
+        row = {
+            "step": state.step,
+            "split": "validation",
+            "weights": "base" if state.step == 0 else "current",
+            "n": len(values["reward"]),
+            "metrics": summary,
+            "time_s": time.perf_counter() - clock,
+        }
+        if evaluations is not None:
+            evaluations.log(row)
+        console.evaluation({name: m["mean"] for name, m in summary.items()})
+
+    def save() -> None:
+        nonlocal saved
+        if main:
+            save_state(world, out / "checkpoints")
+        world.accelerator.wait_for_everyone()
+        saved = state.step
+
+    if state.step == 0:
+        assess()
+        save()
+    console.start_at(state.step)
+    with graceful_stop() as stopping:
+        while state.step < run.steps:
+            clock, cpu = time.perf_counter(), time.process_time()
+            try:
+                scored, times = rollout(world, state.step)
+            except RewardError:
+                if saved != state.step:
+                    save()
+                raise
+            if not probed:
+                console.note(f"ratio probe: {probe(world, scored):.1e} nat per step")
+                probed = True
+            credited = run.algorithm.credit(scored)
+            update_clock = time.perf_counter()
+            metrics = update(world, credited, state.step)
+            state.step += 1
+            state.samples += run.batch_size
+            state.cpu_s += time.process_time() - cpu
+            seconds = time.perf_counter() - clock
+            times["time/update_s"] = time.perf_counter() - update_clock
+            times["time/step_s"] = seconds
+            times["time/elapsed_s"] = time.perf_counter() - started
+            row = {
+                "step": state.step,
+                **rollout_metrics(scored),
+                **metrics,
+                "samples": state.samples,
+                "skipped_updates": world.updater.counts.skipped,
+                **times,
+                "time/samples_per_s": run.batch_size / seconds,
+            }
+            if metrics_file is not None:
+                metrics_file.log(row)
+            console.update(state.step, row)
+            last = state.step == run.steps
+            if last or state.step % run.evaluate.every == 0:
+                assess()
+            if last or stopping() or state.step % run.save_every == 0 or is_best(state):
+                save()
+            if stopping() and not last:
+                raise Interrupted
+
+
+def is_best(state: TrainState) -> bool:
+    """True if the step just evaluated is the best so far, whose weights must be kept."""
+    return state.best_step == state.step
+
+
+def rollout_metrics(scored: Scored) -> dict[str, float]:
+    """What a rollout earned, and how spread out it was."""
+    trajectory = scored.trajectory
+    metrics = {"reward": scored.reward.mean(), **{n: v.mean() for n, v in scored.terms.items()}}
+    metrics["zero_variance_groups"] = (
+        zero_variance(scored.reward, trajectory.prompts.group).double().mean()
+    )
+    if trajectory.entropy is not None:
+        metrics["entropy"] = trajectory.entropy.sum(1).mean()
+    names = list(metrics)
+    values = torch.stack([metrics[name].double() for name in names]).tolist()
+    return dict(zip(names, values, strict=True))
+
+
+def evaluate_split(
+    world: World, split: Split, n: int, *, network: Denoiser | None = None
+) -> dict[str, Tensor]:
+    """Per-sample terms on the first ``n`` prompts of a split, each process doing its share.
+
+    Args:
+        world: whose averaged weights are evaluated, unless ``network`` is given.
+        split: of the task.
+        n: prompts, if the split has so many.
+        network: evaluate this one instead.
+    """
+    run, accelerator = world.run, world.accelerator
+    index = torch.arange(min(n, run.task.size(split)))
+    mine = index[accelerator.process_index :: accelerator.num_processes]
+    own = MaskedPolicy(network, run.decoder) if network is not None else world.models.new
+    with nullcontext() if network is not None else world.averaged(), world.autocast():
+        values = evaluate(
+            own,
+            run.task,
+            split,
+            mine,
+            seed=run.seed ^ EVALUATION_SEED,
+            device=accelerator.device,
+        )
+    if accelerator.num_processes == 1:
+        return values
+    width = math.ceil(len(index) / accelerator.num_processes)
+
+    def all_ranks(value: Tensor) -> Tensor:
+        padded = torch.nn.functional.pad(value, (0, width - len(value)))
+        gathered = accelerator.gather(padded)
+        assert isinstance(gathered, Tensor)
+        return gathered.view(-1, width).T.flatten()[: len(index)]
+
+    return {name: all_ranks(value) for name, value in values.items()}
+
+
+@contextmanager
+def graceful_stop() -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether Ctrl-C or SIGTERM came; a second Ctrl-C stops at once."""
+    asked = False
+
+    def ask(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    handlers = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -1,0 +1,124 @@
+"""From prompts to a scored batch, gathered from all processes, and the probe that it can be replayed."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from rescore.sampling.rng import SampleRng
+from rescore.training.optim import TrainingError
+from rescore.training.run import Run
+from rescore.training.world import World
+from rescore.types import Prompts, Scored, Selected
+
+PROBE_TOLERANCE = {"float32": 1e-5, "float64": 1e-12, "bfloat16": 0.1}
+"""Largest difference, in nats per step, between recorded and replayed log-probabilities."""
+PROBE_ROWS = 512
+"""Steps replayed by the probe."""
+
+
+def prompt_index(seed: int, step: int, n: int, size: int) -> Tensor:
+    """Prompt numbers of a step, Int[n]: without repeats until all ``size`` were used. Pure."""
+    place = torch.arange(step * n, (step + 1) * n)
+    epochs = torch.div(place, size, rounding_mode="floor")
+    index = torch.empty_like(place)
+    for epoch in epochs.unique().tolist():
+        generator = torch.Generator().manual_seed((seed << 32) ^ epoch)
+        inside = epochs == epoch
+        index[inside] = torch.randperm(size, generator=generator)[place[inside] % size]
+    return index
+
+
+def batch_prompts(run: Run, step: int) -> Prompts:
+    """The prompts of a step, each ``group_size`` times; a pure function of (seed, step)."""
+    n = run.batch_size // run.group_size
+    index = prompt_index(run.seed, step, n, run.task.size("train"))
+    prompts = run.task.prompts("train", index.repeat_interleave(run.group_size))
+    group = torch.arange(n).repeat_interleave(run.group_size)
+    sample_id = step * run.batch_size + torch.arange(run.batch_size)
+    return dataclasses.replace(prompts, group=group, sample_id=sample_id)
+
+
+def rollout(world: World, step: int) -> tuple[Scored, dict[str, float]]:
+    """Sample, select, score, annotate and gather one batch; also the seconds each part took."""
+    run, accelerator = world.run, world.accelerator
+    clock = [time.perf_counter()]
+    prompts = batch_prompts(run, step)
+    share = run.batch_size // accelerator.num_processes
+    first = accelerator.process_index * share
+    prompts = prompts.take(torch.arange(first, first + share)).to(accelerator.device)
+    rng = SampleRng(run.seed, prompts.sample_id)
+    with world.autocast():
+        trajectory = world.models.new.sample(prompts, run.algorithm.record, rng)
+    selected = run.algorithm.select(trajectory, rng)
+    clock.append(time.perf_counter())
+    scored = score(run, selected)
+    clock.append(time.perf_counter())
+    with world.autocast():
+        scored = run.algorithm.annotate(world.models, scored)
+    scored = gather(accelerator, scored)
+    clock.append(time.perf_counter())
+    names = ("time/rollout_s", "time/reward_s", "time/annotate_s")
+    seconds = [after - before for before, after in zip(clock, clock[1:], strict=False)]
+    return scored, dict(zip(names, seconds, strict=True))
+
+
+def score(run: Run, selected: Selected) -> Scored:
+    """Judge the finished samples."""
+    trajectory = selected.trajectory
+    reward = run.task.reward
+    terms = reward.terms(trajectory.x_0, trajectory.prompts)
+    total = reward.total(terms).to(trajectory.log_prob.dtype)
+    return Scored(**selected.fields(), reward=total, terms=terms)
+
+
+def gather(accelerator: Accelerator, scored: Scored) -> Scored:
+    """The scored batch of all processes, on every process, in the order of the whole batch."""
+    if accelerator.num_processes == 1:
+        return scored
+
+    def all_ranks(tensor: Tensor) -> Tensor:
+        whole = accelerator.gather(tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor)
+        assert isinstance(whole, Tensor)
+        return whole.to(tensor.dtype)
+
+    widths = (scored.trajectory.max_revealed, scored.trajectory.max_candidates)
+    widest = all_ranks(torch.tensor([widths], device=accelerator.device)).amax(0).tolist()
+    whole = scored.map(all_ranks)
+    trajectory = dataclasses.replace(
+        whole.trajectory, max_revealed=widest[0], max_candidates=widest[1]
+    )
+    return dataclasses.replace(whole, trajectory=trajectory)
+
+
+def probe(world: World, scored: Scored) -> float:
+    """Replay recorded steps through the training path and compare their log-probabilities.
+
+    Returns:
+        The largest absolute difference, nats per step.
+
+    Raises:
+        TrainingError: it exceeds ``PROBE_TOLERANCE``: the ratio would not start at 1.
+    """
+    run, trajectory = world.run, scored.trajectory
+    n = min(PROBE_ROWS, trajectory.log_prob.numel())
+    pairs = torch.nonzero(torch.ones_like(trajectory.log_prob))
+    pairs = pairs[:: max(1, len(pairs) // n)][:n]
+    sample, step = pairs.unbind(1)
+    with world.autocast():
+        policy = world.models.new
+        replayed = policy.transition(trajectory.take(sample), step, run.algorithm.record.score)
+    worst = (replayed.log_prob.detach() - trajectory.log_prob[sample, step]).abs().max().item()
+    tolerance = PROBE_TOLERANCE[run.precision]
+    if not worst <= tolerance:
+        raise TrainingError(
+            f"replayed log-probabilities differ from the recorded ones by {worst:.3g} nat per step "
+            f"(at most {tolerance:g} in {run.precision}), so the ratio would not start at 1; the "
+            f"network gives other outputs in training than in sampling: look for dropout, batch "
+            f"statistics, other global state, or rows that influence each other"
+        )
+    return worst

@@ -1,0 +1,145 @@
+"""Run: everything that defines a run, frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from rescore.algorithms.base import Algorithm
+from rescore.models.finetune import Lora
+from rescore.sampling.decoder import Decoder
+from rescore.tasks.task import Task
+from rescore.training.base import Base
+from rescore.training.optim import Optim
+
+Precision = Literal["float32", "float64", "bfloat16"]
+"""Of the network. ``bfloat16`` is autocast with float32 weights; log-probabilities stay float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """When and on how many prompts to evaluate."""
+
+    every: int = 10
+    """Steps between evaluations on the validation split."""
+    n: int = 256
+    """Validation prompts, one sample each, the same noise every time."""
+    n_test: int = 512
+    """Test prompts for the table at the end."""
+    by: str = "reward"
+    """What chooses the best checkpoint on validation: ``reward`` or the name of a reward term."""
+    control: bool = False
+    """Also evaluate the base after the same CPU-seconds of further pre-training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A complete description of a training run; a recipe is a function that returns one."""
+
+    task: Task
+    """Prompts, reward and splits."""
+    base: Base
+    """Where the network comes from."""
+    decoder: Decoder
+    """How it is sampled, in training and evaluation."""
+    algorithm: Algorithm
+    """The method, which is its own configuration."""
+    steps: int
+    """Rollouts, each followed by ``optim.updates_per_rollout`` updates."""
+    batch_size: int = 256
+    """Samples per rollout, over all processes."""
+    group_size: int = 8
+    """Samples per prompt."""
+    optim: Optim = field(default_factory=Optim)
+    """How weights are updated."""
+    lora: Lora | None = None
+    """Train low-rank adapters instead of all weights."""
+    ema: float = 0.0
+    """Decay of an average of the weights that is evaluated and kept as best; 0 = none."""
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    """When to evaluate."""
+    save_every: int = 20
+    """Steps between checkpoints."""
+    keep_last: int = 2
+    """Latest checkpoints kept, besides the best on validation."""
+    seed: int = 0
+    """Seeds everything: the base that is trained, prompts, rollouts and evaluation noise."""
+    device: str = "cpu"
+    """A torch device: cpu, cuda, cuda:1, mps."""
+    precision: Precision = "float32"
+    """Of the network."""
+
+    def check(self) -> None:
+        """Refuse what cannot work before anything is loaded or written.
+
+        Raises:
+            ValueError: says what was got, what was expected and what to change.
+        """
+        for name in ("steps", "batch_size", "group_size", "save_every", "keep_last"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_size % self.group_size:
+            raise ValueError(
+                f"batch_size={self.batch_size} is not divisible by group_size={self.group_size}; "
+                f"groups stay whole, so use a multiple of {self.group_size}"
+            )
+        if self.batch_size % self.optim.mini_batches:
+            raise ValueError(
+                f"batch_size={self.batch_size} is not divisible by "
+                f"optim.mini_batches={self.optim.mini_batches}"
+            )
+        if self.algorithm.on_policy and self.optim.updates_per_rollout > 1:
+            raise ValueError(
+                f"{type(self.algorithm).__name__} is on-policy: one update per rollout, but "
+                f"optim.epochs={self.optim.epochs} x optim.mini_batches={self.optim.mini_batches}; "
+                f"set both to 1 or use an algorithm with a ratio"
+            )
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must lie in [0, 1), got {self.ema}; 0 turns it off")
+        if self.evaluate.by not in ("reward", *self.task.reward.functions):
+            raise ValueError(
+                f"evaluate.by='{self.evaluate.by}' is no reward term; choose one of "
+                f"{['reward', *self.task.reward.functions]}"
+            )
+        try:
+            device = torch.empty(0, device=self.device).device
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"device '{self.device}' cannot be used here ({str(error).splitlines()[0]}); "
+                f"try --device cpu"
+            ) from error
+        if device.type == "mps" and self.precision == "float64":
+            raise ValueError("precision float64 does not exist on mps; use --device cpu")
+        self.algorithm.check(self.decoder, self.group_size)
+
+
+def describe(value: Any) -> Any:
+    """A configuration as JSON: dataclasses as objects with a ``class`` key, functions by name."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"class": f"{type(value).__module__}.{type(value).__qualname__}", **fields}
+    if isinstance(value, Mapping):
+        return {str(name): describe(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [describe(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if callable(value):
+        return f"{value.__module__}.{value.__qualname__}"
+    return value
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted names of the fields in which two descriptions differ, with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found: dict[str, tuple[Any, Any]] = {}
+        for name in sorted({*old, *new}):
+            path = f"{prefix}.{name}" if prefix else name
+            found |= differences(old.get(name), new.get(name), path)
+        return found
+    return {} if old == new else {prefix: (old, new)}

@@ -1,0 +1,183 @@
+"""A run from beginning to end: directory, base, loop, and the table at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from rescore.evaluation.film import film_strip
+from rescore.evaluation.metrics import summarise
+from rescore.evaluation.report import build_report
+from rescore.models.denoiser import Denoiser
+from rescore.models.finetune import reference
+from rescore.sampling.policy import MaskedPolicy
+from rescore.training import checkpoint
+from rescore.training.checkpoint import CheckpointError, write_json
+from rescore.training.directory import Origin, check_same, default_cache, describe_directory
+from rescore.training.log import Console, MetricsFile
+from rescore.training.loop import EVALUATION_SEED, evaluate_split, train
+from rescore.training.run import Run
+from rescore.training.world import World, as_denoiser, build, load_state, load_weights
+
+
+def start(run: Run, origin: Origin, out: Path, *, resume: bool) -> Path:
+    """Train ``run`` in the directory ``out``, or continue it there; returns the report.
+
+    Raises:
+        ValueError: the run, the directory or the checkpoint is not usable; nothing was written.
+        Interrupted, RewardError, TrainingError, StorageError: as ``loop.train``.
+    """
+    run.check()
+    accelerator = Accelerator(cpu=torch.device(run.device).type == "cpu")
+    groups = run.batch_size // run.group_size
+    if groups % accelerator.num_processes:
+        raise ValueError(
+            f"{groups} groups (batch_size / group_size) cannot be shared by "
+            f"{accelerator.num_processes} processes; groups stay whole, so use a multiple"
+        )
+    step = None
+    if resume:
+        check_same(out, run)
+        step = checkpoint.latest(out / "checkpoints")
+        if step is None:
+            raise CheckpointError(f"{out} has no complete checkpoint; start the run anew")
+        if step > run.steps:
+            raise ValueError(f"{out} has done {step} steps already, more than steps={run.steps}")
+    elif accelerator.is_main_process:
+        checkpoint.claim(out)
+    accelerator.wait_for_everyone()
+
+    main = accelerator.is_main_process
+    with Console(origin.recipe, run.steps, enabled=main) as console:
+        if main:
+            describe_directory(out, run, origin)
+        module = build_base(run, accelerator, console.note)
+        digest = weights_digest(module)
+        world = build(run, module, accelerator)
+        if step is not None:
+            load_state(world, out / "checkpoints", step)
+            if main:
+                for name in ("metrics.jsonl", "evaluations.jsonl"):
+                    MetricsFile(out / name).truncate_after(step)
+            console.note(f"resumed from step {step}")
+        accelerator.wait_for_everyone()
+        if world.state.base_sha256 not in (None, digest):
+            raise CheckpointError(
+                f"the base model differs from the one this run started from (sha256 {digest[:12]}, "
+                f"expected {str(world.state.base_sha256)[:12]}); restore it to resume"
+            )
+        world.state.base_sha256 = digest
+        train(world, out, console)
+        finish(world, origin, out, console)
+    report = out / "report.html"
+    if main:
+        build_report(out)
+    return report
+
+
+def build_base(run: Run, accelerator: Accelerator, note: Callable[[str], None]) -> nn.Module:
+    """The base network; the main process goes first, so that others find it in the cache."""
+    with accelerator.main_process_first():
+        return run.base.build(
+            run.task, seed=run.seed, cache=default_cache(), device=accelerator.device, note=note
+        )
+
+
+def weights_digest(module: nn.Module) -> str:
+    """SHA-256 of all weights, by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(name.encode() + plain.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def finish(world: World, origin: Origin, out: Path, console: Console) -> None:
+    """Evaluate the best checkpoint and the base on the test split; write the table and the film."""
+    run = world.run
+    load_best(world, out / "checkpoints")
+    best = world.models.new.denoiser
+    if run.lora is not None:
+        base = reference(world.module)
+    else:
+        base = as_denoiser(build_base(run, world.accelerator, console.note), run)
+    rows: list[dict[str, Any]] = []
+
+    def assess(label: str, network: Denoiser, cpu_s: float | None) -> dict[str, Tensor]:
+        values = evaluate_split(world, "test", run.evaluate.n_test, network=network)
+        rows.append({"label": label, "metrics": summarise(values), "cpu_s": cpu_s})
+        return values
+
+    before = assess("base", base, None)
+    if run.evaluate.control:
+        clock = time.process_time()
+        longer = run.base.continued(
+            build_base(run, world.accelerator, console.note),
+            run.task,
+            seed=run.seed,
+            cpu_s=world.state.cpu_s,
+            note=console.note,
+        )
+        seconds = time.process_time() - clock
+        assess("base, further pre-trained for as long", as_denoiser(longer, run), seconds)
+    after = assess(f"after RL ({origin.recipe})", best, world.state.cpu_s)
+    if world.accelerator.is_main_process:
+        result = {
+            "n": len(after["reward"]),
+            "split": "test",
+            "protocol": str(run.decoder),
+            "best_step": world.state.best_step,
+            "rows": rows,
+        }
+        write_json(out / "result.json", result)
+        changed = (before["reward"] != after["reward"]).nonzero()
+        write_film(run, base, best, int(changed[0]) if len(changed) else 0, out)
+        for row in rows:
+            console.note(result_line(row))
+
+
+def load_best(world: World, directory: Path) -> None:
+    """Give the module the best weights on validation: the averaged ones, if the run averages."""
+    assert world.state.best_step is not None
+    saved = checkpoint.load(directory, world.state.best_step, world.accelerator.device)
+    tensors = dict(saved.tensors["model"])
+    if "ema" in saved.tensors:
+        tensors |= {n: t.to(tensors[n]) for n, t in saved.tensors["ema"].items() if n in tensors}
+    load_weights(world.module, tensors)
+
+
+def write_film(run: Run, base: Denoiser, best: Denoiser, number: int, out: Path) -> None:
+    """Film one test prompt before and after on the same noise: the first whose reward changed."""
+    strips = [
+        film_strip(
+            MaskedPolicy(network, run.decoder),
+            run.task,
+            "test",
+            number,
+            seed=run.seed ^ EVALUATION_SEED,
+            label=label,
+            device=run.device,
+        )
+        for label, network in (("before", base), ("after", best))
+    ]
+    film = {
+        "title": f"Test prompt {number}, the first whose reward changed; {run.decoder}",
+        "puzzle": dataclasses.asdict(run.task.layout),
+        "strips": strips,
+    }
+    (out / "samples").mkdir(exist_ok=True)
+    write_json(out / "samples" / "film.json", film)
+
+
+def result_line(row: dict[str, Any]) -> str:
+    """One row of the table as a line of text."""
+    metrics = row["metrics"].items()
+    return f"{row['label']}: " + "  ".join(f"{n} {m['mean']:.3f} ± {m['se']:.3f}" for n, m in metrics)

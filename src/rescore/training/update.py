@@ -1,0 +1,101 @@
+"""From a credited batch to updated weights: mini-batches, micro-batches, metrics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from rescore.sampling.rng import SampleRng
+from rescore.training.run import Run
+from rescore.training.world import World
+from rescore.types import Credited, Terms
+
+
+def mini_batches(run: Run, credited: Credited, step: int) -> Iterator[Tensor]:
+    """The pairs of each update in turn: equal shares of the samples, shuffled anew in every epoch."""
+    pairs, optim = credited.pairs(), run.optim
+    if optim.mini_batches == 1:
+        for _ in range(optim.epochs):
+            yield pairs
+        return
+    for epoch in range(optim.epochs):
+        generator = torch.Generator().manual_seed((run.seed << 32) ^ (step * optim.epochs + epoch))
+        share = torch.empty(run.batch_size, dtype=torch.long)
+        order = torch.randperm(run.batch_size, generator=generator)
+        share[order] = torch.arange(run.batch_size) % optim.mini_batches
+        share = share.to(pairs.device)
+        for number in range(optim.mini_batches):
+            yield pairs[share[pairs[:, 0]] == number]
+
+
+def update(world: World, credited: Credited, step: int) -> dict[str, float]:
+    """All updates of one rollout; the metrics are means over the pairs trained on."""
+    run, accelerator = world.run, world.accelerator
+    sums = MetricSums(accelerator.device)
+    norms = []
+    for pairs in mini_batches(run, credited, step):
+        if not len(pairs):
+            continue
+        mine = pairs[accelerator.process_index :: accelerator.num_processes]
+        idle = not len(mine)  # fewer pairs than processes: take part, but count for nothing
+        total = torch.zeros((), device=accelerator.device, dtype=credited.weight.dtype)
+        for chunk in (pairs[:1] if idle else mine).split(run.optim.micro_batch):
+            actions = credited.actions(chunk)
+            rng = SampleRng(run.seed, actions.trajectory.prompts.sample_id)
+            with world.autocast():
+                terms = run.algorithm.loss(world.models, actions, rng)
+            weight = actions.weight * (0.0 if idle else run.optim.mini_batches)
+            loss = (terms.loss * weight).sum()
+            loss.backward()
+            total += loss.detach()
+            sums.add(terms, count=0 if idle else len(chunk))
+        norm = world.updater.step(total)
+        norms += [] if norm is None else [norm]
+    metrics = sums.result(accelerator)
+    metrics["gradient_norm"] = torch.stack(norms).mean().item() if norms else math.nan
+    return metrics
+
+
+class MetricSums:
+    """Sums, counts and extremes of per-action metrics, kept on the device until asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.count = 0
+        self.sums: dict[str, Tensor] = {}
+        self.low = torch.tensor(math.inf, device=device)
+        self.high = torch.tensor(-math.inf, device=device)
+
+    def add(self, terms: Terms, *, count: int) -> None:
+        """Add one micro-batch; with ``count`` 0 only its names."""
+        self.count += count
+        for name, value in {**terms.metrics, "loss": terms.loss.detach()}.items():
+            value = value.double() if count else torch.zeros_like(value)
+            self.sums[name] = self.sums.get(name, 0.0) + value.sum()
+        if count:
+            self.low = torch.minimum(self.low, terms.metrics["ratio"].min().float())
+            self.high = torch.maximum(self.high, terms.metrics["ratio"].max().float())
+
+    def result(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means over all processes, ``ratio_min`` and ``ratio_max``; one synchronisation.
+
+        Without any pair (every group had equal rewards) there is nothing to report.
+        """
+        if not self.sums:
+            return {}
+        names = sorted(self.sums)
+        count = torch.tensor(float(self.count), device=self.low.device)
+        row = torch.stack([count, self.low, self.high, *(self.sums[name] for name in names)])
+        rows = row[None]
+        if accelerator.num_processes > 1:
+            gathered = accelerator.gather(rows)
+            assert isinstance(gathered, Tensor)
+            rows = gathered
+        means = (rows[:, 3:].sum(0) / rows[:, 0].sum()).tolist()
+        metrics = dict(zip(names, means, strict=True))
+        del metrics["ratio"]
+        ends = {"ratio_min": rows[:, 1].min().item(), "ratio_max": rows[:, 2].max().item()}
+        return {**metrics, **ends}

@@ -1,0 +1,142 @@
+"""What a run is made of once its weights are loaded, and how that is saved and restored."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from rescore.models.denoiser import Denoiser
+from rescore.models.finetune import Ema, add_lora, reference, trainable_state
+from rescore.sampling.policy import MaskedPolicy, Models
+from rescore.training import checkpoint
+from rescore.training.checkpoint import Checkpoint
+from rescore.training.optim import UpdateCounts, Updater
+from rescore.training.run import Run
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """What changes during a run, besides the modules: checkpointed as JSON."""
+
+    step: int = 0
+    """Rollouts done."""
+    samples: int = 0
+    best_step: int | None = None
+    best_value: float | None = None
+    base_sha256: str | None = None
+    cpu_s: float = 0.0
+    """CPU-seconds of training, evaluation left out."""
+
+
+@dataclass(kw_only=True)
+class World:
+    """What a run is made of once its weights are loaded."""
+
+    run: Run
+    accelerator: Accelerator
+    module: nn.Module
+    models: Models
+    updater: Updater
+    state: TrainState = field(default_factory=TrainState)
+
+    def averaged(self) -> AbstractContextManager[Any]:
+        """A context in which the module holds the averaged weights, if the run averages."""
+        return nullcontext() if self.updater.ema is None else self.updater.ema.swap()
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bfloat16 autocast where the run asks for it."""
+        enabled = self.run.precision == "bfloat16"
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=enabled)
+
+
+def as_denoiser(module: nn.Module, run: Run) -> Denoiser:
+    """The module in the run's precision and in evaluation mode, in place.
+
+    Evaluation mode throughout: dropout would make old and new log-probabilities disagree.
+
+    Raises:
+        ValueError: the module is not a ``Denoiser``.
+    """
+    if not isinstance(module, Denoiser):
+        raise ValueError(
+            f"the base built a {type(module).__name__}, which is not a Denoiser; it needs "
+            f"vocab_size, mask_id and predict()"
+        )
+    module.to(torch.float64 if run.precision == "float64" else torch.float32).eval()
+    return module
+
+
+def build(run: Run, module: nn.Module, accelerator: Accelerator) -> World:
+    """Policies and optimiser around a base network."""
+    denoiser = as_denoiser(module.to(accelerator.device), run)
+    if run.lora is not None:
+        generator = torch.Generator().manual_seed(run.seed)
+        add_lora(module, run.lora, generator=generator)
+    ref = None
+    if run.algorithm.uses_reference:
+        ref = MaskedPolicy(reference(module), run.decoder)
+    ema = Ema(module, decay=run.ema) if run.ema else None
+    return World(
+        run=run,
+        accelerator=accelerator,
+        module=module,
+        models=Models(new=MaskedPolicy(denoiser, run.decoder), ref=ref),
+        updater=Updater(module, run.optim, accelerator, ema),
+    )
+
+
+def save_state(world: World, directory: Path) -> None:
+    """Write a checkpoint of the world; the best on validation is never pruned."""
+    updater, state = world.updater, world.state
+    tensors = {
+        "model": trainable_state(world.module),
+        "optimizer": checkpoint.optimizer_tensors(updater.optimizer, updater.named),
+    }
+    if updater.ema is not None:
+        tensors["ema"] = updater.ema.state_dict()
+    keep = [] if state.best_step is None else [state.best_step]
+    counters = {"train": dataclasses.asdict(state), "updates": dataclasses.asdict(updater.counts)}
+    saved = Checkpoint(state.step, tensors, counters)
+    checkpoint.save(directory, saved, keep_last=world.run.keep_last, keep=keep)
+
+
+def load_state(world: World, directory: Path, step: int) -> None:
+    """Put the world into the state of a checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or of another model.
+    """
+    saved = checkpoint.load(directory, step, world.accelerator.device)
+    updater = world.updater
+    load_weights(world.module, saved.tensors["model"])
+    checkpoint.load_optimizer_tensors(updater.optimizer, updater.named, saved.tensors["optimizer"])
+    if updater.ema is not None:
+        updater.ema.load_state_dict(saved.tensors["ema"])
+    world.state = TrainState(**saved.state["train"])
+    updater.counts = UpdateCounts(**saved.state["updates"])
+
+
+def load_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy trainable parameters by name.
+
+    Raises:
+        CheckpointError: names or shapes differ from the module's.
+    """
+    own = trainable_state(module)
+    if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in tensors.items()}:
+        odd = sorted(set(own) ^ set(tensors)) or [n for n in own if own[n].shape != tensors[n].shape]
+        raise checkpoint.CheckpointError(
+            f"the checkpoint is of another model: '{odd[0]}' is missing or has another shape; use the "
+            f"recipe it was written with"
+        )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])

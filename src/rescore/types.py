@@ -1,0 +1,192 @@
+"""One type per stage of the pipeline; data flows down through them, once.
+
+    Prompts -> Trajectory -> Selected -> Scored -> Credited -> Actions -> Terms
+
+Axes: ``B`` paths (samples), ``L`` positions, ``T`` denoising steps of the sampler, ``K`` steps an
+algorithm selected, ``N`` flat (sample, step) pairs, ``V`` tokens. Steps are counted noise first:
+step 0 starts from the fully masked canvas.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+S = TypeVar("S", bound="Stage")
+
+
+def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Apply ``function`` to every tensor inside a stage, a mapping or a tensor; leave the rest."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Stage):
+        return value.map(function)
+    if isinstance(value, Mapping):
+        return {name: _map(item, function) for name, item in value.items()}
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A frozen bundle of tensors that share their first axis."""
+
+    def map(self: S, function: Callable[[Tensor], Tensor]) -> S:
+        """The same stage with ``function`` applied to every tensor in it."""
+        fields = {f.name: _map(getattr(self, f.name), function) for f in dataclasses.fields(self)}
+        return dataclasses.replace(self, **fields)
+
+    def take(self: S, index: Tensor) -> S:
+        """The rows ``index`` of every tensor: integer positions (repeats allowed) or a boolean mask."""
+        return self.map(lambda tensor: tensor[index])
+
+    def to(self: S, device: torch.device | str) -> S:
+        """The same stage on ``device``."""
+        return self.map(lambda tensor: tensor.to(device))
+
+    def fields(self) -> dict[str, Any]:
+        """Field name to value, one level deep: what the next stage is built from."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts(Stage):
+    """What is given: a canvas to fill, and the identity of every sample."""
+
+    tokens: Int[Tensor, "B L"]
+    """The canvas x_T: given tokens where clamped, the mask token where editable."""
+    editable: Bool[Tensor, "B L"]
+    """True where the model writes; False at given tokens and padding."""
+    attend: Bool[Tensor, "B L"] | None = None
+    """False at padding, which no position may attend to; None where nothing is padded."""
+    group: Int[Tensor, " B"]
+    """Samples of the same prompt share a number in [0, B)."""
+    sample_id: Int[Tensor, " B"]
+    """Names the random stream of each sample; unique within a run."""
+    info: Mapping[str, Tensor]
+    """What rewards need to judge an output (leading axis B), by name."""
+
+    @property
+    def n_samples(self) -> int:
+        return self.tokens.shape[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completions(Stage):
+    """One-step completions kept in K slots while sampling."""
+
+    tokens: Int[Tensor, "B K L"]
+    """x_hat_0: every position still masked before the step filled with its most probable token."""
+    step: Int[Tensor, "B K"]
+    """The step from whose starting state each completion was made."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedTrajectory(Stage):
+    """A path of the masked process: the final tokens and one reveal rank per position.
+
+    ``rank = step * L + place within the step`` where a token was revealed, -1 where it was given, so
+    storage does not grow with the number of steps and any state is rebuilt by a comparison.
+    """
+
+    prompts: Prompts
+    x_0: Int[Tensor, "B L"]
+    rank: Int[Tensor, "B L"]
+    log_prob: Float[Tensor, "B T"]
+    """Log-probability of each step under the policy that sampled it, in the recorded score (nats)."""
+    max_revealed: int
+    """The most tokens a step reveals in any sample; how wide a table of revealed rows must be."""
+    max_candidates: int
+    """The most positions a step chooses from in any sample."""
+    entropy: Float[Tensor, "B T"] | None = None
+    """Sum over the positions revealed in the step of the entropy of the sampling law (nats)."""
+    completions: Completions | None = None
+
+    @property
+    def n_steps(self) -> int:
+        return self.log_prob.shape[1]
+
+    def step_of(self) -> Int[Tensor, "B L"]:
+        """The step in which each position was revealed; -1 where it was given."""
+        return torch.div(self.rank, self.x_0.shape[1], rounding_mode="floor")
+
+    def state(self, step: Int[Tensor, " B"], mask_id: int) -> Int[Tensor, "B L"]:
+        """The canvas before ``step``: revealed in an earlier step or given, else the mask token."""
+        return torch.where(self.step_of() < step[:, None], self.x_0, mask_id)
+
+    def revealed(self) -> Int[Tensor, "B T"]:
+        """Number of tokens revealed in each step."""
+        steps = torch.arange(self.n_steps, device=self.rank.device)
+        return (self.step_of()[:, None, :] == steps[None, :, None]).sum(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selected(Stage):
+    """The steps an algorithm trains on, and what each counts for."""
+
+    trajectory: MaskedTrajectory
+    step: Int[Tensor, "B K"]
+    step_weight: Float[Tensor, "B K"]
+    """Makes a sum over the K columns stand for a sum over all steps: 1, or 1 / (K q) for draws."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored(Selected):
+    """Selected steps with the reward of each sample."""
+
+    reward: Float[Tensor, " B"]
+    terms: Mapping[str, Float[Tensor, " B"]]
+    """The unweighted terms of the reward, by name."""
+    notes: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    """What ``Algorithm.annotate`` added, by name; leading axes ``B K``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Credited(Scored):
+    """Scored steps with the coefficient of each in the gradient."""
+
+    advantage: Float[Tensor, "B K"]
+    weight: Float[Tensor, "B K"]
+    """Coefficient of each term of the loss, fixed from the whole batch; 0 = not trained on."""
+
+    def pairs(self) -> Int[Tensor, "N 2"]:
+        """The (sample, column) pairs that are trained on, in order."""
+        return self.weight.nonzero()
+
+    def actions(self, pairs: Int[Tensor, "N 2"]) -> Actions:
+        """The chosen (sample, column) pairs as a flat batch."""
+        sample, column = pairs.unbind(1)
+        step = self.step[sample, column]
+        return Actions(
+            trajectory=self.trajectory.take(sample),
+            step=step,
+            log_prob_old=self.trajectory.log_prob[sample, step],
+            advantage=self.advantage[sample, column],
+            weight=self.weight[sample, column],
+            notes={name: note[sample, column] for name, note in self.notes.items()},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Actions(Stage):
+    """A micro-batch: flat (sample, step) pairs, one network row each."""
+
+    trajectory: MaskedTrajectory
+    step: Int[Tensor, " N"]
+    log_prob_old: Float[Tensor, " N"]
+    advantage: Float[Tensor, " N"]
+    weight: Float[Tensor, " N"]
+    notes: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms(Stage):
+    """An unreduced loss (to be minimised) and its metrics, one entry per action."""
+
+    loss: Float[Tensor, " N"]
+    metrics: Mapping[str, Float[Tensor, " N"]]

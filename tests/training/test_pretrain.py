@@ -1,0 +1,298 @@
+"""Pre-training: reproducible, learns what there is to learn, and cached whole or not at all."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from rescore.models.transformer import Transformer, TransformerConfig
+from rescore.processes.schedules import Cosine
+from rescore.rewards.reward import Reward
+from rescore.tasks.task import Split, Task
+from rescore.training.pretrain import (
+    MIN_T,
+    Pretrain,
+    bound,
+    cached_base,
+    pretrain,
+    rate,
+    stratified_times,
+    validation_bound,
+)
+from rescore.types import Prompts
+
+V, L = 3, 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repeat(Task):
+    """Sequences of one repeated token: the exact likelihood of each is 1 / V."""
+
+    copies: int = 4
+
+    @property
+    def vocab_size(self) -> int:
+        return V
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        return tuple("abc")
+
+    @property
+    def length(self) -> int:
+        return L
+
+    @property
+    def reward(self) -> Reward:
+        raise NotImplementedError
+
+    def size(self, split: Split) -> int:
+        raise NotImplementedError
+
+    def prompts(self, split: Split, index: Int[Tensor, " B"]) -> Prompts:
+        raise NotImplementedError
+
+    def clean(self, split: Split) -> Int[Tensor, "n L"]:
+        return torch.arange(V)[:, None].expand(V, L).repeat(self.copies, 1)
+
+    def gold(self, prompts: Prompts) -> Int[Tensor, "B L"]:
+        raise NotImplementedError
+
+    def show(self, tokens: Int[Tensor, " L"]) -> str:
+        raise NotImplementedError
+
+
+SHAPE = TransformerConfig(vocab_size=V, length=L, width=16, depth=1, heads=2)
+SHORT = Pretrain(
+    model=SHAPE, steps=6, batch=8, lr=0.01, warmup=2, validate_every=4, validation_rows=20
+)
+
+
+def equal(a: Transformer, b: Transformer) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_it_learns_the_law_of_the_data():
+    """The bound falls from L log V towards its floor log V, and a seen token is repeated."""
+    config = dataclasses.replace(
+        SHORT, steps=150, batch=32, validate_every=50, validation_rows=240, weight_decay=0.0
+    )
+    rows = []
+    model = pretrain(config, Repeat(), progress=rows.append)
+    assert [row.step for row in rows] == [0, 50, 100, 150]
+    assert rows[0].validation == pytest.approx(L * math.log(V), rel=0.05)
+    assert 0 < rows[-1].validation - math.log(V) < 0.1
+    assert rows[-1].train == pytest.approx(math.log(V), rel=0.2)
+    probs = model.predict(torch.tensor([[2, V, V, V]])).softmax(-1)
+    assert bool((probs[0, 1:, 2] > 0.95).all())
+
+
+def test_the_same_arguments_give_the_same_bits():
+    """Weights and log depend on configuration and data, not on the global generator."""
+    first_rows, second_rows = [], []
+    state = torch.get_rng_state()
+    first = pretrain(SHORT, Repeat(), progress=first_rows.append)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(3)
+    second = pretrain(SHORT, Repeat(), progress=second_rows.append)
+    assert equal(first, second)
+    assert first_rows == second_rows
+    assert [row.step for row in first_rows] == [0, 4, 6]
+    other = pretrain(dataclasses.replace(SHORT, seed=1), Repeat())
+    assert not equal(first, other)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lr": 0.02},
+        {"weight_decay": 3.0},
+        {"warmup": 0},
+        {"clip": 1e-6},
+        {"schedule": Cosine()},
+        {"batch": 9},
+    ],
+)
+def test_every_field_of_the_training_matters(change):
+    """No dead option."""
+    changed = pretrain(dataclasses.replace(SHORT, **change), Repeat())
+    assert not equal(changed, pretrain(SHORT, Repeat()))
+
+
+def test_watching_more_often_changes_nothing():
+    """Validation draws from a generator of its own."""
+    often = dataclasses.replace(SHORT, validate_every=1, validation_rows=7)
+    assert equal(pretrain(often, Repeat()), pretrain(SHORT, Repeat()))
+
+
+def test_the_validation_masks_are_fixed():
+    """With a learning rate of nearly 0 every row reports the same number."""
+    rows = []
+    still = dataclasses.replace(SHORT, lr=1e-30, validate_every=1)
+    pretrain(still, Repeat(), progress=rows.append)
+    assert len({row.validation for row in rows}) == 1
+
+
+def test_start_continues_from_a_copy():
+    """The given network is where training starts, and it is left as it was."""
+    base = pretrain(SHORT, Repeat())
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    rows = []
+    further = pretrain(SHORT, Repeat(), start=base, progress=rows.append)
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+    assert not equal(base, further)
+    ended = []
+    pretrain(SHORT, Repeat(), progress=ended.append)
+    assert rows[0].validation == ended[-1].validation
+
+
+def test_times_are_stratified():
+    """One time in each of B equal parts of [MIN_T, 1], and each part is covered to its ends."""
+    low = stratified_times(torch.zeros(5, dtype=torch.float64))
+    high = stratified_times(torch.ones(5, dtype=torch.float64))
+    torch.testing.assert_close(low[0], torch.tensor(MIN_T).double())
+    torch.testing.assert_close(high[-1], torch.tensor(1.0).double())
+    torch.testing.assert_close(low[1:], high[:-1])
+    torch.testing.assert_close(high - low, torch.full((5,), (1 - MIN_T) / 5).double())
+
+
+def test_bound_of_a_uniform_model_by_hand():
+    """Each masked token costs log V, weighted by 1 / t; the rest is free."""
+    model = Transformer(SHAPE, generator=torch.Generator())
+    with torch.no_grad():
+        model.head.weight.zero_()
+    x_0 = torch.tensor([[0, 1, 2, 0], [1, 1, 1, 1]])
+    t = torch.tensor([0.5, 0.25], dtype=torch.float64)
+    u = torch.tensor([[0.1, 0.6, 0.7, 0.2], [0.74, 0.76, 0.1, 0.2]], dtype=torch.float64)
+    expected = torch.tensor([2 * math.log(V) / 0.5, math.log(V) / 0.25])
+    torch.testing.assert_close(bound(model, x_0, t, u, SHORT.schedule).detach(), expected)
+
+
+def test_the_validation_bound_of_a_known_law_is_exact():
+    """All sequences of one repeated token: once a token is seen the rest cost nothing.
+
+    A denoiser that knows this pays log V for each of the L tokens of a fully masked canvas, which
+    is one canvas in L. Without that knowledge it pays log V for every token.
+    """
+    model = Transformer(SHAPE, generator=torch.Generator())
+    with torch.no_grad():
+        model.head.weight.zero_()
+    assert validation_bound(model, Repeat().clean("validation"), SHORT) == pytest.approx(
+        L * math.log(V), abs=1e-6
+    )
+
+    class Knows(Transformer):
+        def predict(self, x_t, *, attend=None, positions=None):
+            seen = torch.where(x_t == V, -1, x_t).amax(1)
+            return 50.0 * torch.nn.functional.one_hot(seen + 1, V + 1)[:, None, 1:].expand(-1, L, V)
+
+    model = Knows(SHAPE, generator=torch.Generator())
+    got = validation_bound(model, Repeat().clean("validation"), SHORT)
+    assert got == pytest.approx(math.log(V), abs=1e-6)
+
+
+def test_the_learning_rate_rises_linearly_and_falls_along_a_half_cosine():
+    """By hand for 2 steps of warm-up out of 6."""
+    expected = [1 / 3, 2 / 3 * (1 + math.cos(math.pi / 6)) / 2, 0.75, 0.5, 0.25]
+    for step, value in enumerate(expected):
+        assert rate(step, SHORT) == pytest.approx(value)
+
+
+def test_the_cache_returns_the_trained_weights_without_training(tmp_path):
+    """The second call loads: no progress, the same bits; the log is beside the weights."""
+    rows, silence = [], []
+    first = cached_base(SHORT, Repeat(), tmp_path / "cache", progress=rows.append)
+    second = cached_base(SHORT, Repeat(), tmp_path / "cache", progress=silence.append)
+    assert equal(first, second)
+    assert equal(first, pretrain(SHORT, Repeat()))
+    assert silence == []
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == ["base.json", "base.safetensors"]
+    written = json.loads((folder / "base.json").read_text())
+    assert written["log"] == [dataclasses.asdict(row) for row in rows]
+    assert written["config"]["schedule"] == "Linear"
+    assert written["config"]["model"]["width"] == 16
+
+
+def test_another_configuration_or_other_data_is_another_base(tmp_path):
+    """The key covers every field, the kind of schedule and the data."""
+    cached_base(SHORT, Repeat(), tmp_path)
+    cached_base(dataclasses.replace(SHORT, seed=1), Repeat(), tmp_path)
+    cached_base(dataclasses.replace(SHORT, schedule=Cosine()), Repeat(), tmp_path)
+    cached_base(SHORT, Repeat(copies=5), tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def foreign(path):
+    path.write_bytes(b"not a safetensors file")
+
+
+@pytest.mark.parametrize("damage", [truncate, foreign, lambda path: path.unlink()])
+def test_a_damaged_base_is_refused_with_its_folder_named(tmp_path, damage):
+    """Never half-loaded, never silently replaced."""
+    cached_base(SHORT, Repeat(), tmp_path)
+    (folder,) = tmp_path.iterdir()
+    damage(folder / "base.safetensors")
+    with pytest.raises(ValueError, match=f"{folder} is damaged .* delete that folder"):
+        cached_base(SHORT, Repeat(), tmp_path)
+
+
+def test_an_interrupted_training_leaves_nothing_behind(tmp_path):
+    """Only a finished base is ever visible in the cache."""
+
+    def interrupt(row):
+        if row.step == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cached_base(SHORT, Repeat(), tmp_path, progress=interrupt)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_may_race_for_the_same_base(tmp_path):
+    """The one that finishes second keeps the first one's files and removes its own."""
+
+    def other_process(row):
+        if row.step == 6:
+            cached_base(SHORT, Repeat(), tmp_path)
+
+    model = cached_base(SHORT, Repeat(), tmp_path, progress=other_process)
+    assert equal(model, pretrain(SHORT, Repeat()))
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_unwritable_cache_is_an_error(tmp_path):
+    """A folder below a regular file cannot be made."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        cached_base(SHORT, Repeat(), tmp_path / "file" / "cache")
+
+
+def test_a_model_that_does_not_fit_the_task_is_refused():
+    """The message states both shapes."""
+    config = dataclasses.replace(SHORT, model=dataclasses.replace(SHAPE, vocab_size=5))
+    with pytest.raises(ValueError, match="vocab_size 5 and length 4 for a task of vocab_size 3"):
+        pretrain(config, Repeat())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"lr": 0.0}, "lr must be positive, got 0.0"),
+        ({"warmup": -1}, "warmup must not be negative, got -1"),
+    ],
+)
+def test_impossible_settings_are_refused(change, message):
+    """The message names the field."""
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SHORT, **change)
