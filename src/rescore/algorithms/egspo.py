@@ -85,7 +85,9 @@ class Egspo(Algorithm):
         if self.selection == "top":
             step = top_steps(entropy, self.n_steps)
             return Selected(
-                trajectory=trajectory, step=step, step_weight=torch.ones_like(entropy.gather(1, step))
+                trajectory=trajectory,
+                step=step,
+                step_weight=torch.ones_like(entropy.gather(1, step)),
             )
         q = entropy_proportional(entropy, self.delta, trajectory.revealed() > 0)
         slots = torch.arange(self.n_steps, device=q.device).expand(len(q), -1)

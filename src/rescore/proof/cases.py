@@ -9,12 +9,14 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from rescore.algorithms.base import Algorithm
 from rescore.algorithms.egspo import Egspo
 from rescore.algorithms.reinforce import Reinforce
 from rescore.objectives.advantages import Baseline
+from rescore.objectives.divergences import KlEstimator
 from rescore.processes.masked import Order
 from rescore.proof.worlds import World
 from rescore.sampling.decoder import Decoder
@@ -70,9 +72,15 @@ def _settings(instance: Algorithm | Score) -> Iterator[str]:
 
 WORLDS = tuple(
     World(vocab_size, length, steps, blocks, network)
-    for vocab_size, length, steps, blocks in ((3, 3, 3, 1), (3, 3, 2, 1), (2, 4, 2, 2), (2, 4, 4, 2))
+    for vocab_size, length, steps, blocks in (
+        (3, 3, 3, 1),
+        (3, 3, 2, 1),
+        (2, 4, 2, 2),
+        (2, 4, 4, 2),
+    )
     for network in ("table", "mlp")
 )
+TWO_STEPS = tuple(world for world in WORLDS if world.steps == 2)
 ORDERS: tuple[Order, ...] = (
     "random",
     "left_to_right",
@@ -82,8 +90,11 @@ ORDERS: tuple[Order, ...] = (
 )
 DRAWN: tuple[Order, ...] = ("low_confidence", "plackett_luce")
 """Orders whose choice of positions is random and depends on the network."""
-BASELINES: Mapping[Baseline, float] = {"none": 1.0, "leave_one_out": 1.0, "group_mean": 1 - 1 / 2}
+FEW_PATHS: tuple[Order, ...] = ("left_to_right", "max_prob")
+"""Orders with so few paths that two draws of three or four steps can be enumerated too."""
+BASELINES: Mapping[Baseline, float] = {"none": 1.0, "leave_one_out": 1.0, "group_mean": 0.5}
 """Factor of each baseline in a group of two: a mean that includes the sample scales by 1 - 1/G."""
+KL: tuple[KlEstimator | Literal["exact"], ...] = ("k1", "k2", "k3", "exact")
 
 
 def exact_score(order: Order) -> Score:
@@ -99,59 +110,56 @@ def chooses(world: World) -> bool:
 def reinforce() -> Iterator[Case]:
     """Exact on every world, with every order, if the score is; biased if it leaves something out."""
     for world, order, temperature in itertools.product(WORLDS, ORDERS, (1.0, 0.7)):
-        at = At(world=world, order=order, temperature=temperature)
+        case = partial(Case, world=world, order=order, temperature=temperature)
         for baseline, factor in BASELINES.items():
-            yield at(Reinforce(baseline=baseline, score=exact_score(order)), factor)
+            algorithm = Reinforce(baseline=baseline, score=exact_score(order))
+            yield case(algorithm=algorithm, factor=factor)
         if order in DRAWN and chooses(world):
-            yield at(Reinforce(), None)
+            yield case(algorithm=Reinforce(), factor=None)
         if order == "random" and temperature != 1:
-            yield at(Reinforce(score=Score(score_temperature=1.0)), None)
+            score = Score(score_temperature=1.0)
+            yield case(algorithm=Reinforce(score=score), factor=None)
 
 
 def egspo() -> Iterator[Case]:
-    """Top-K is biased unless K = T; importance draws are exact; a KL by sampled states is biased."""
-    # One at a time from the default, the paper's method with two steps.
-    default = Egspo(n_steps=2)
-    for world in WORLDS[:2]:
-        at = At(world=world, beta=default.beta)
-        for algorithm in (
-            default,
-            replace(default, n_steps=1),
-            replace(default, selection="importance"),
-            replace(default, selection="importance", delta=0.5),
-            replace(default, baseline="none"),
-            replace(default, baseline="leave_one_out"),
-            replace(default, clip_low=0.1),
-            replace(default, clip_high=0.3),
-            replace(default, kl="k1"),
-            replace(default, kl="k2"),
-            replace(default, kl="exact"),
-            replace(default, score=Score(form="tokens_and_selection")),
-        ):
-            yield at(algorithm, None)
-        yield replace(at, temperature=0.7)(
-            replace(default, score=Score(score_temperature=1.0)), None
-        )
+    """Top-K is biased unless K = T, importance draws never; a KL that takes its states as given is.
+
+    Such a KL has no gradient through how often a state is met, whichever estimator is used.
+    """
+    default = Egspo(n_steps=1)  # the paper's, on worlds where it keeps one of two steps
+    for world in TWO_STEPS:
+        case = partial(Case, world=world, beta=default.beta, factor=None)
+        yield case(algorithm=default)
+        yield case(algorithm=replace(default, n_steps=2))
+        yield case(algorithm=replace(default, selection="importance"))
+        yield case(algorithm=replace(default, selection="importance", delta=0.5))
+        yield case(algorithm=replace(default, baseline="none"))
+        yield case(algorithm=replace(default, baseline="leave_one_out"))
+        yield case(algorithm=replace(default, clip_low=0.1))
+        yield case(algorithm=replace(default, clip_high=0.3))
+        yield case(algorithm=replace(default, beta=0), beta=0)
+        yield case(algorithm=replace(default, kl="k1"))
+        yield case(algorithm=replace(default, kl="k2"))
+        yield case(algorithm=replace(default, kl="exact"))
+        yield case(algorithm=replace(default, score=Score(form="tokens_and_selection")))
+        unscaled = replace(default, score=Score(score_temperature=1.0))
+        yield case(algorithm=unscaled, temperature=0.7)
 
     for world, order in itertools.product(WORLDS, ORDERS):
-        at = At(world=world, order=order, temperature=0.7)
-        n_all, exact = world.steps, exact_score(order)
-        for n_steps, (baseline, factor) in itertools.product(range(1, n_all + 1), BASELINES.items()):
-            top = Egspo(n_steps=n_steps, baseline=baseline, beta=0, score=exact)
-            if n_steps == n_all:
-                yield at(top, factor)
-            elif baseline != "none":
-                yield at(top, None)
-            if n_steps == 1 or (n_steps == 2 and n_all == 2):
-                yield at(replace(top, selection="importance"), factor)
-        if order == "low_confidence" and chooses(world):
-            yield at(
-                Egspo(n_steps=1, selection="importance", baseline="none", beta=0), None
-            )
-        if order == "random":
-            for kl in KLS:
-                penalised = Egspo(n_steps=n_all, baseline="leave_one_out", beta=0.5, kl=kl)
-                yield replace(at, beta=0.5)(penalised, None)
+        case = partial(Case, world=world, order=order, temperature=0.7)
+        for n_steps, baseline in itertools.product(range(1, world.steps + 1), BASELINES):
+            top = Egspo(n_steps=n_steps, baseline=baseline, beta=0, score=exact_score(order))
+            factor = BASELINES[baseline]
+            yield case(algorithm=top, factor=factor if n_steps == world.steps else None)
+            if n_steps == 1 or (n_steps == 2 and (world in TWO_STEPS or order in FEW_PATHS)):
+                yield case(algorithm=replace(top, selection="importance"), factor=factor)
+        if order in DRAWN and chooses(world):
+            drawn = Egspo(n_steps=1, selection="importance", baseline="leave_one_out", beta=0)
+            yield case(algorithm=drawn, factor=None)
+
+    for world, kl in itertools.product(WORLDS, KL):
+        algorithm = Egspo(n_steps=world.steps, baseline="leave_one_out", beta=0.5, kl=kl)
+        yield Case(algorithm=algorithm, world=world, beta=algorithm.beta, factor=None)
 
 
 CASES: Mapping[str, Callable[[], Iterator[Case]]] = {"reinforce": reinforce, "egspo": egspo}

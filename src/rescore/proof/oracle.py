@@ -28,7 +28,7 @@ from rescore.sampling.rng import Stream
 from rescore.types import Actions, MaskedTrajectory, Scored
 
 GROUP_SIZE = 2
-CHUNK = 2**17
+CHUNK = 2**15
 """Groups treated at once; bounds the memory, changes nothing else."""
 
 
@@ -98,9 +98,7 @@ def enumerate_paths(
         sample_masked(denoiser, decoder, world.prompts(1), record, dry)
     rng = EnumeratingRng(torch.arange(dry.n_outcomes))
     with torch.enable_grad():
-        all_of_them = sample_masked(
-            denoiser, decoder, world.prompts(dry.n_outcomes), record, rng
-        )
+        all_of_them = sample_masked(denoiser, decoder, world.prompts(dry.n_outcomes), record, rng)
     name = torch.cat([all_of_them.x_0, all_of_them.rank], 1)
     path = name.unique(dim=0, return_inverse=True)[1]
     n_paths = int(path.max()) + 1
@@ -183,9 +181,7 @@ class Groups:
         n_groups = len(members)
         group = torch.arange(n_groups).repeat_interleave(GROUP_SIZE)
         batch = self.items.take(members.flatten())
-        prompts = replace(
-            batch.trajectory.prompts, group=group, sample_id=torch.arange(len(group))
-        )
+        prompts = replace(batch.trajectory.prompts, group=group, sample_id=torch.arange(len(group)))
         batch = replace(batch, trajectory=replace(batch.trajectory, prompts=prompts))
         credited = self.algorithm.credit(batch)
         weight = credited.weight * n_groups
@@ -237,6 +233,6 @@ def expectation(algorithm: Algorithm, world: World, decoder: Decoder) -> Estimat
         probability = groups.probability[members].prod(1)
         gradient, rows = groups.gradients(members)
         mean = mean + probability @ gradient
-        square = square + probability @ gradient.square().sum(1)
+        square = square + probability @ gradient.norm(dim=1).square()
         forwards = forwards + probability @ rows
     return Estimate(mean, float(square - mean.square().sum()), float(forwards))

@@ -92,9 +92,7 @@ def _checked(
     return value
 
 
-def _first_failure(
-    function: RewardFunction, outputs: Int[Tensor, "B L"], prompts: Prompts
-) -> str:
+def _first_failure(function: RewardFunction, outputs: Int[Tensor, "B L"], prompts: Prompts) -> str:
     """Which sample makes the function raise, found by calling it on one at a time."""
     for sample in range(outputs.shape[0]):
         row = torch.tensor([sample], device=outputs.device)

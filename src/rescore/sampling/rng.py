@@ -57,9 +57,7 @@ class SampleRng:
     seed: int
     sample_id: Int[Tensor, " B"]
 
-    def uniform(
-        self, stream: Stream, step: int, where: Int[Tensor, "B R"]
-    ) -> Float[Tensor, "B R"]:
+    def uniform(self, stream: Stream, step: int, where: Int[Tensor, "B R"]) -> Float[Tensor, "B R"]:
         """Uniforms on the grid (k + 1/2) 2^-52 in (0, 1), float64: one per sample and row name."""
         sample = self.sample_id[:, None].expand_as(where)
         counter = [

@@ -39,7 +39,9 @@ class CompletionSlots:
         columns = torch.arange(self.plan.n, device=self.step.device)
         if self.plan.by == "top_entropy":
             lowest = self.key == self.key.amin(1, keepdim=True)
-            worst = torch.where(lowest, self.step, -2).argmax(1, keepdim=True)  # the latest on a tie
+            worst = torch.where(lowest, self.step, -2).argmax(
+                1, keepdim=True
+            )  # the latest on a tie
             better = entropy[:, None] > self.key.gather(1, worst)
             take = (columns == worst) & better & active[:, None]
             self.key = torch.where(take, entropy[:, None].double(), self.key)

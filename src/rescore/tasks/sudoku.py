@@ -66,7 +66,7 @@ class Sudoku(Task):
     seed: int = 0
     """Draws the puzzles; has no say in which grid belongs to which split."""
     reward_weights: Mapping[str, float] = dataclasses.field(
-        default_factory=lambda: {"cell_accuracy": 1.0}
+        default_factory=lambda: {"cell_accuracy": 1.0, "solve_rate": 0.0}
     )
     """What is optimised: weights of ``cell_accuracy`` and ``solve_rate``, 0 where not named."""
 
@@ -183,17 +183,17 @@ class Sudoku(Task):
         found = list(itertools.islice(completions(canvas.tolist()), limit))
         return torch.tensor(found, dtype=torch.int64).reshape(-1, self.length)
 
-    def from_puzzles(self, puzzles: Sequence[str]) -> Prompts:
+    def read(self, texts: Sequence[str]) -> Prompts:
         """Prompts from texts that ``parse`` reads, each solved here.
 
         Raises:
             ValueError: a puzzle is malformed, has no blank, no solution or more than one; the
                 message says which puzzle and why.
         """
-        if not puzzles:
+        if not texts:
             raise ValueError("no puzzle was given; expected at least one")
         solved = []
-        for number, text in enumerate(puzzles):
+        for number, text in enumerate(texts):
             try:
                 solved.append(self._solve(text))
             except ValueError as error:

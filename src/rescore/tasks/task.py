@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,6 +74,14 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def gold(self, prompts: Prompts) -> Int[Tensor, "B L"]:
         """A perfect output for each prompt."""
+
+    @abc.abstractmethod
+    def read(self, texts: Sequence[str]) -> Prompts:
+        """Prompts from texts that a person typed, each checked.
+
+        Raises:
+            ValueError: a text is no valid prompt; says which and why.
+        """
 
     @abc.abstractmethod
     def show(self, tokens: Int[Tensor, " L"]) -> str:

@@ -106,7 +106,9 @@ def check_same(directory: Path, run: Run) -> None:
     changed = differences(old, new)
     refused = {name: pair for name, pair in changed.items() if name not in EXTENDABLE}
     if refused:
-        lines = [f"  {name}: {was!r} in the run, {now!r} now" for name, (was, now) in refused.items()]
+        lines = [
+            f"  {name}: {was!r} in the run, {now!r} now" for name, (was, now) in refused.items()
+        ]
         raise ValueError(
             "\n".join(
                 [

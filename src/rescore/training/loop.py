@@ -111,7 +111,7 @@ def train(world: World, out: Path, console: Console) -> None:
                 **metrics,
                 "samples": state.samples,
                 "skipped_updates": world.updater.counts.skipped,
-                **times,
+                **{name: value for name, value in times.items() if name.startswith("time/")},
                 "time/samples_per_s": run.batch_size / seconds,
             }
             if metrics_file is not None:

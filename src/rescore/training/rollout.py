@@ -44,9 +44,12 @@ def batch_prompts(run: Run, step: int) -> Prompts:
 
 
 def rollout(world: World, step: int) -> tuple[Scored, dict[str, float]]:
-    """Sample, select, score, annotate and gather one batch; also the seconds each part took."""
+    """Sample, select, score, annotate and gather one batch; also the seconds each part took.
+
+    The seconds are wall (``time/...``) and CPU (``cpu/...``).
+    """
     run, accelerator = world.run, world.accelerator
-    clock = [time.perf_counter()]
+    clock = [(time.perf_counter(), time.process_time())]
     prompts = batch_prompts(run, step)
     share = run.batch_size // accelerator.num_processes
     first = accelerator.process_index * share
@@ -55,16 +58,18 @@ def rollout(world: World, step: int) -> tuple[Scored, dict[str, float]]:
     with world.autocast():
         trajectory = world.models.new.sample(prompts, run.algorithm.record, rng)
     selected = run.algorithm.select(trajectory, rng)
-    clock.append(time.perf_counter())
+    clock.append((time.perf_counter(), time.process_time()))
     scored = score(run, selected)
-    clock.append(time.perf_counter())
+    clock.append((time.perf_counter(), time.process_time()))
     with world.autocast():
         scored = run.algorithm.annotate(world.models, scored)
     scored = gather(accelerator, scored)
-    clock.append(time.perf_counter())
-    names = ("time/rollout_s", "time/reward_s", "time/annotate_s")
-    seconds = [after - before for before, after in zip(clock, clock[1:], strict=False)]
-    return scored, dict(zip(names, seconds, strict=True))
+    clock.append((time.perf_counter(), time.process_time()))
+    seconds: dict[str, float] = {}
+    for name, before, after in zip(("rollout", "reward", "annotate"), clock, clock[1:], strict=False):
+        seconds[f"time/{name}_s"] = after[0] - before[0]
+        seconds[f"cpu/{name}_s"] = after[1] - before[1]
+    return scored, seconds
 
 
 def score(run: Run, selected: Selected) -> Scored:

@@ -7,7 +7,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +19,9 @@ from rescore.evaluation.report import build_report
 from rescore.models.denoiser import Denoiser
 from rescore.models.finetune import reference
 from rescore.sampling.policy import MaskedPolicy
+from rescore.sampling.record import Record
+from rescore.sampling.rng import SampleRng
+from rescore.tasks.task import Split
 from rescore.training import checkpoint
 from rescore.training.checkpoint import CheckpointError, write_json
 from rescore.training.directory import Origin, check_same, default_cache, describe_directory
@@ -177,7 +180,74 @@ def write_film(run: Run, base: Denoiser, best: Denoiser, number: int, out: Path)
     write_json(out / "samples" / "film.json", film)
 
 
+def evaluate_run(
+    run: Run, directory: Path, split: str, n: int, changes: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Means and standard errors of a run's best checkpoint on a split.
+
+    Args:
+        run: as built from the directory's recipe and options.
+        directory: the run directory.
+        split: train, validation or test.
+        n: prompts.
+        changes: fields of the decoder to change.
+
+    Raises:
+        ValueError: an unknown split, or a decoder that does not exist.
+    """
+    if split not in get_args(Split):
+        raise ValueError(f"split is '{split}'; expected one of {list(get_args(Split))}")
+    world = _best_world(run, directory, changes)
+    values = evaluate_split(world, split, n)  # pyright: ignore[reportArgumentType]
+    label = f"{directory}, {split}, {world.run.decoder}"
+    return [{"label": label, "metrics": summarise(values)}]
+
+
+def sample_run(
+    run: Run,
+    directory: Path,
+    texts: tuple[str, ...],
+    n: int,
+    seed: int,
+    changes: dict[str, Any],
+) -> list[str]:
+    """Prompt, output and reward of a run's best checkpoint as text, one entry per prompt."""
+    world = _best_world(run, directory, changes)
+    task = run.task
+    prompts = task.read(texts) if texts else task.prompts("test", torch.arange(n))
+    prompts = prompts.to(world.accelerator.device)
+    rng = SampleRng(seed, prompts.sample_id)
+    outputs = world.models.new.sample(prompts, Record(), rng).x_0
+    terms = task.reward.terms(outputs, prompts)
+    return [
+        "\n".join(
+            [
+                task.show(prompts.tokens[i]),
+                ", ".join(f"{name} {value[i].item():.2f}" for name, value in terms.items()) + ":",
+                task.show(outputs[i]),
+            ]
+        )
+        for i in range(prompts.n_samples)
+    ]
+
+
+def _best_world(run: Run, directory: Path, changes: dict[str, Any]) -> World:
+    """The world of a run with its best weights and a changed decoder."""
+    run = dataclasses.replace(run, decoder=dataclasses.replace(run.decoder, **changes), ema=0.0)
+    accelerator = Accelerator(cpu=torch.device(run.device).type == "cpu")
+    world = build(run, build_base(run, accelerator, lambda line: None), accelerator)
+    step = checkpoint.latest(directory / "checkpoints")
+    if step is None:
+        raise CheckpointError(f"{directory} has no complete checkpoint")
+    saved = checkpoint.load(directory / "checkpoints", step).state["train"]
+    world.state.best_step = saved["best_step"]
+    load_best(world, directory / "checkpoints")
+    return world
+
+
 def result_line(row: dict[str, Any]) -> str:
     """One row of the table as a line of text."""
     metrics = row["metrics"].items()
-    return f"{row['label']}: " + "  ".join(f"{n} {m['mean']:.3f} ± {m['se']:.3f}" for n, m in metrics)
+    return f"{row['label']}: " + "  ".join(
+        f"{n} {m['mean']:.3f} ± {m['se']:.3f}" for n, m in metrics
+    )

@@ -132,7 +132,9 @@ def load_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """
     own = trainable_state(module)
     if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in tensors.items()}:
-        odd = sorted(set(own) ^ set(tensors)) or [n for n in own if own[n].shape != tensors[n].shape]
+        odd = sorted(set(own) ^ set(tensors)) or [
+            n for n in own if own[n].shape != tensors[n].shape
+        ]
         raise checkpoint.CheckpointError(
             f"the checkpoint is of another model: '{odd[0]}' is missing or has another shape; use the "
             f"recipe it was written with"

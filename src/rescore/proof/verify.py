@@ -1,0 +1,189 @@
+"""`rescore verify`: is the expected gradient of every algorithm what it is claimed to be?
+
+Each row compares the exact expectation of an estimator, made of one group of two samples, with the
+exact gradient of its objective. Both are enumerations of the code that trains (see ``oracle``).
+
+    python -m rescore.proof.verify --write     commits the figures of the biased rows anew
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import json
+import pkgutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from itertools import groupby
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import rescore.algorithms
+from rescore.algorithms.base import Algorithm
+from rescore.proof.cases import CASES, Case
+from rescore.proof.oracle import exact_gradient, expectation
+
+EXACT = 1e-10
+"""Largest bias of a row that claims none; float64 rounding stays far below."""
+FIGURE = 1e-6
+"""Largest distance of the bias of a biased row from the committed figure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One claim, checked. Written to JSON under these names."""
+
+    algorithm: str
+    option: str
+    world: str
+    claimed: Literal["unbiased", "scaled", "biased"]
+    factor: float | None
+    """What the gradient is claimed to be multiplied by; None for ``biased``."""
+    bias: float
+    """|E[estimator] - factor * grad J| / |grad J|, with factor 1 for ``biased``."""
+    cosine: float
+    """Between E[estimator] and grad J."""
+    norm_ratio: float
+    """|E[estimator]| / |grad J|."""
+    variance: float
+    """Trace of the covariance of the estimator."""
+    forwards: float
+    """Network rows per sample that it costs after the rollout."""
+    ok: bool
+
+    @property
+    def key(self) -> str:
+        """Name of the row in ``expected.json``."""
+        return f"{self.algorithm}|{self.option}|{self.world}"
+
+
+def verify(algorithms: Sequence[str] | None = None) -> list[Row]:
+    """Check every claim about the named algorithms (all of them when None).
+
+    Raises:
+        ValueError: no such algorithm, or one about which nothing is claimed in ``cases``.
+    """
+    known = algorithm_names()
+    for name in algorithms or known:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f"the algorithms are {known}"
+            raise ValueError(f"unknown algorithm '{name}'; {hint}")
+        if name not in CASES:
+            raise ValueError(
+                f"nothing is claimed about algorithm '{name}'; add a function to "
+                f"rescore/proof/cases.py that says on which worlds it is unbiased"
+            )
+    expected = expected_figures()
+    return [check(case, expected) for name in algorithms or known for case in CASES[name]()]
+
+
+def algorithm_names() -> list[str]:
+    """Modules of ``rescore.algorithms`` that define an algorithm."""
+    names = [module.name for module in pkgutil.iter_modules(rescore.algorithms.__path__)]
+    return [name for name in names if _defines_algorithm(f"rescore.algorithms.{name}")]
+
+
+def _defines_algorithm(module: str) -> bool:
+    classes = inspect.getmembers(importlib.import_module(module), inspect.isclass)
+    return any(
+        issubclass(c, Algorithm) and not inspect.isabstract(c) and c.__module__ == module
+        for _, c in classes
+    )
+
+
+def check(case: Case, expected: Mapping[str, float]) -> Row:
+    """Enumerate one case; ``expected`` has the figures of the biased ones."""
+    exact = exact_gradient(case.world, case.decoder, case.beta)
+    estimate = expectation(case.algorithm, case.world, case.decoder)
+    factor = 1.0 if case.factor is None else case.factor
+    bias = (estimate.mean - factor * exact).norm() / exact.norm()
+    row = Row(
+        algorithm=case.name,
+        option=case.option,
+        world=str(case.world),
+        claimed=case.claimed,
+        factor=case.factor,
+        bias=float(bias),
+        cosine=float(torch.cosine_similarity(estimate.mean, exact, dim=0)),
+        norm_ratio=float(estimate.mean.norm() / exact.norm()),
+        variance=estimate.variance,
+        forwards=estimate.forwards,
+        ok=False,
+    )
+    if case.factor is None:
+        ok = row.key in expected and abs(row.bias - expected[row.key]) <= FIGURE
+    else:
+        ok = row.bias <= EXACT
+    return replace(row, ok=ok)
+
+
+def expected_figures() -> dict[str, float]:
+    """Committed bias of every row that is claimed to be biased, by ``Row.key``."""
+    return json.loads((files("rescore.proof") / "expected.json").read_text())
+
+
+def write_expected(path: Path) -> None:
+    """Replace the committed figures by what is measured now. For maintainers, after a look."""
+    rows = [check(case, {}) for cases in CASES.values() for case in cases()]
+    figures = {row.key: round(row.bias, 9) for row in rows if row.claimed == "biased"}
+    path.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def print_rows(rows: Sequence[Row], console: Console | None = None) -> None:
+    """One line per option, with the range over its worlds; then every row that is not ok, by itself."""
+    console = console or Console()
+    for algorithm, of_algorithm in groupby(rows, lambda row: row.algorithm):
+        by_option: dict[str, list[Row]] = {}
+        for row in of_algorithm:
+            by_option.setdefault(row.option, []).append(row)
+        console.print(_table(algorithm, "option", by_option))
+    failed = {f"{row.algorithm} {row.option} {row.world}": [row] for row in rows if not row.ok}
+    if failed:
+        console.print(_table(f"{len(failed)} not ok", "row", failed))
+    console.print(f"{len(rows)} rows, {len(rows) - len(failed)} ok")
+
+
+def _table(title: str, first: str, groups: Mapping[str, Sequence[Row]]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column(first, max_width=48)
+    for name in ("worlds", "claimed", "bias", "cosine", "norm ratio", "variance", "forwards", "ok"):
+        table.add_column(name, justify="left" if name in ("claimed", "ok") else "right")
+    for name, rows in groups.items():
+        claims = {f"{r.claimed} {r.factor:g}" if r.factor else r.claimed for r in rows}
+        table.add_row(
+            name,
+            str(len(rows)),
+            " or ".join(sorted(claims)),
+            *(
+                _range(values, form)
+                for values, form in (
+                    ([r.bias for r in rows], ".0e" if max(r.bias for r in rows) < 1e-3 else ".2f"),
+                    ([r.cosine for r in rows], ".2f"),
+                    ([r.norm_ratio for r in rows], ".2f"),
+                    ([r.variance for r in rows], ".2g"),
+                    ([r.forwards for r in rows], ".1f"),
+                )
+            ),
+            "yes" if all(r.ok for r in rows) else "NO",
+        )
+    return table
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    low, high = format(min(values), form), format(max(values), form)
+    return low if low == high else f"{low}-{high}"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--write"]:
+        sys.exit(__doc__)
+    torch.set_num_threads(1)
+    write_expected(Path(__file__).with_name("expected.json"))

@@ -1,0 +1,178 @@
+"""What the library adds to the bare network: an RL step beside the same network calls alone.
+
+Every network call of a real step is recorded with its inputs and made again on a copy of the network,
+with nothing around it: forwards without gradients, forwards with a backward pass, optimiser steps. Steps
+and replays alternate in one run; the figures are medians of CPU-seconds, so a busy machine disturbs
+both alike. ``overhead`` = step / bare.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import resource
+import statistics
+import time
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Bool, Float, Int
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from rescore.models.denoiser import Denoiser
+from rescore.sampling.policy import Models
+from rescore.training.rollout import rollout
+from rescore.training.run import Run
+from rescore.training.session import build_base
+from rescore.training.update import update
+from rescore.training.world import build
+
+WARM_UP = 2
+"""Steps made before measuring."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Medians over the repeats; seconds are CPU-seconds of an RL step."""
+
+    recipe: str
+    overhead: float
+    """RL step / bare network calls."""
+    rollout_s: float
+    reward_s: float
+    credit_s: float
+    """Credit, and whatever ``annotate`` asks of the models."""
+    update_s: float
+    other_s: float
+    """Prompts, gathering and bookkeeping."""
+    bare_s: float
+    rows: float
+    """Network rows (canvases through the network) per update."""
+    batch: int
+    """Samples per rollout."""
+    threads: int
+    peak_mb: float
+    """Largest resident memory of the process so far; device memory on CUDA."""
+
+
+@dataclass
+class Recorder:
+    """A ``Denoiser`` that notes every call of the network it wraps."""
+
+    network: Denoiser
+    calls: list[tuple[bool, Tensor, Tensor | None, Tensor | None]] = field(default_factory=list)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.network.vocab_size
+
+    @property
+    def mask_id(self) -> int:
+        return self.network.mask_id
+
+    def predict(
+        self,
+        x_t: Int[Tensor, "B L"],
+        *,
+        attend: Bool[Tensor, "B L"] | None = None,
+        positions: Int[Tensor, "B R"] | None = None,
+    ) -> Float[Tensor, "B R V"]:
+        """Pass the call on and note it."""
+        self.calls.append((torch.is_grad_enabled(), x_t, attend, positions))
+        return self.network.predict(x_t, attend=attend, positions=positions)
+
+
+def measure(recipe: str, run: Run, *, repeats: int = 7) -> Row:
+    """Measure ``repeats`` RL steps of a recipe, each beside its bare network calls.
+
+    Raises:
+        ValueError: fewer than 5 repeats.
+    """
+    if repeats < 5:
+        raise ValueError(f"repeats={repeats}; the median needs at least 5")
+    run.check()
+    accelerator = Accelerator(cpu=torch.device(run.device).type == "cpu")
+    world = build(run, build_base(run, accelerator, print), accelerator)
+    bare = copy.deepcopy(world.module)
+    optimizer = torch.optim.AdamW([p for p in bare.parameters() if p.requires_grad])
+    recorder = Recorder(world.models.new.denoiser)
+    new = dataclasses.replace(world.models.new, denoiser=recorder)
+    world.models = Models(new=new, ref=world.models.ref)
+    if world.models.ref is not None:  # its calls count too, on the same list
+        ref_recorder = Recorder(world.models.ref.denoiser, recorder.calls)
+        ref = dataclasses.replace(world.models.ref, denoiser=ref_recorder)
+        world.models = Models(new=new, ref=ref)
+
+    steps: list[dict[str, float]] = []
+    for step in range(WARM_UP + repeats):
+        recorder.calls.clear()
+        clock = time.process_time()
+        scored, spent = rollout(world, step)
+        before_credit = time.process_time()
+        credited = run.algorithm.credit(scored)
+        before_update = time.process_time()
+        update(world, credited, step)
+        end = time.process_time()
+        figures = {
+            "rollout_s": spent["cpu/rollout_s"],
+            "reward_s": spent["cpu/reward_s"],
+            "credit_s": spent["cpu/annotate_s"] + before_update - before_credit,
+            "update_s": end - before_update,
+            "total_s": end - clock,
+            "rows": sum(len(x_t) for _, x_t, _, _ in recorder.calls) / run.optim.updates_per_rollout,
+        }
+        figures["bare_s"] = replay(bare, optimizer, recorder, run)
+        if step >= WARM_UP:
+            steps.append(figures)
+    middle = {name: statistics.median(figures[name] for figures in steps) for name in steps[0]}
+    parts = sum(middle[name] for name in ("rollout_s", "reward_s", "credit_s", "update_s"))
+    return Row(
+        recipe=recipe,
+        overhead=middle["total_s"] / middle["bare_s"],
+        other_s=max(0.0, middle.pop("total_s") - parts),
+        batch=run.batch_size,
+        threads=torch.get_num_threads(),
+        peak_mb=peak_memory(accelerator.device),
+        **middle,
+    )
+
+
+def replay(
+    module: nn.Module, optimizer: torch.optim.Optimizer, recorder: Recorder, run: Run
+) -> float:
+    """Make the recorded calls on ``module`` with nothing around them; returns CPU-seconds."""
+    assert isinstance(module, Denoiser)
+    clock = time.process_time()
+    for training, x_t, attend, positions in recorder.calls:
+        with torch.set_grad_enabled(training):
+            logits = module.predict(x_t, attend=attend, positions=positions)
+        if training:
+            logits.sum().backward()
+    for _ in range(run.optim.updates_per_rollout):
+        optimizer.step()
+    optimizer.zero_grad()
+    return time.process_time() - clock
+
+
+def peak_memory(device: torch.device) -> float:
+    """Peak memory in MB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def print_rows(rows: list[Row]) -> None:
+    """The rows as a table."""
+    table = Table(title="CPU-seconds of an RL step (medians)")
+    for name in (f.name for f in dataclasses.fields(Row)):
+        table.add_column(name, justify="left" if name == "recipe" else "right")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in dataclasses.astuple(row)))
+    Console(width=140).print(table)
+
+
+def _cell(value: str | float) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"

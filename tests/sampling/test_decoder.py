@@ -1,0 +1,42 @@
+"""Decoders and scores refuse what they cannot mean."""
+
+import pytest
+
+from rescore.sampling.decoder import Decoder
+from rescore.sampling.record import Score
+
+
+def test_steps_are_shared_by_the_blocks():
+    """steps / blocks steps per block; the text names every choice."""
+    decoder = Decoder(steps=6, blocks=3, order="low_confidence", temperature=0.9)
+    assert decoder.steps_per_block == 2
+    assert str(decoder) == "6 steps, 3 blocks, low confidence order, temperature 0.9"
+    assert str(Decoder(steps=4)) == "4 steps, random order, temperature 1"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"steps": 5, "blocks": 2}, "steps=5 does not split into blocks=2"),
+        ({"steps": 0}, "steps=0"),
+        ({"steps": 4, "blocks": 0}, "blocks=0"),
+        ({"steps": 4, "temperature": -0.1}, "temperature must not be negative, got -0.1"),
+        ({"steps": 4, "position_temperature": 0.0}, "position_temperature must be positive"),
+    ],
+)
+def test_impossible_decoders_are_refused(fields, message):
+    """The message says what was got."""
+    with pytest.raises(ValueError, match=message):
+        Decoder(**fields)
+
+
+def test_temperature_zero_decodes_greedily():
+    """It is allowed: evaluation uses it."""
+    assert Decoder(steps=4, temperature=0.0).temperature == 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0])
+def test_a_score_needs_a_positive_temperature(temperature):
+    """Scoring a greedy law has no gradient."""
+    with pytest.raises(ValueError, match=f"score_temperature must be positive, got {temperature}"):
+        Score(score_temperature=temperature)

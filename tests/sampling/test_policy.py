@@ -1,0 +1,177 @@
+"""Replaying recorded paths: the same numbers as the sampler's, whatever the batch, with gradients."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from rescore.models.tiny import MlpDenoiser
+from rescore.processes import masked
+from rescore.sampling.decoder import Decoder
+from rescore.sampling.policy import MaskedPolicy
+from rescore.sampling.record import Record, Score
+from rescore.sampling.rng import SampleRng
+from rescore.types import MaskedTrajectory, Prompts
+
+V, L, T, TAU = 3, 7, 4, 0.7
+every_order = pytest.mark.parametrize(
+    "order", ["random", "left_to_right", "max_prob", "low_confidence", "plackett_luce"]
+)
+every_form = pytest.mark.parametrize("form", ["tokens", "tokens_and_selection"])
+every_blocks = pytest.mark.parametrize("blocks", [1, 2])
+
+
+def boards() -> Prompts:
+    """Blank, prompt and completion, one blank, padded: different numbers revealed in the same step.
+
+    What is given lies outside the vocabulary, as prompts and padding of a language model may.
+    """
+    editable = torch.tensor([[1] * 7, [0, 0, 1, 1, 1, 1, 1], [0] * 3 + [1] + [0] * 3, [0] + [1] * 4 + [0] * 2])
+    editable = editable.bool()
+    attend = torch.ones_like(editable)
+    attend[3, 5:] = attend[3, 0] = attend[1, 0] = False
+    tokens = torch.where(editable, V, torch.where(attend, 1, 9))
+    return Prompts(
+        tokens=tokens,
+        editable=editable,
+        attend=attend,
+        group=torch.arange(4),
+        sample_id=torch.arange(4),
+        info={},
+    )
+
+
+def policy_of(order: str, blocks: int = 1, steps: int = T, seed: int = 1) -> MaskedPolicy:
+    denoiser = MlpDenoiser(V, L, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        denoiser.weight_out *= 2
+    decoder = Decoder(steps=steps, blocks=blocks, order=order, temperature=TAU)  # pyright: ignore[reportArgumentType]
+    return MaskedPolicy(denoiser, decoder)
+
+
+def draw(policy: MaskedPolicy, score: Score) -> MaskedTrajectory:
+    prompts = boards()
+    return policy.sample(prompts, Record(score=score), SampleRng(0, prompts.sample_id))
+
+
+@every_order
+@every_form
+@every_blocks
+def test_a_replay_of_the_same_shape_is_bitwise_the_record(order, form, blocks):
+    """transition(step k of every path) = the recorded column k, exactly."""
+    policy, score = policy_of(order, blocks), Score(form=form)
+    trajectory = draw(policy, score)
+    for k in range(T):
+        replay = policy.transition(trajectory, torch.full((4,), k), score)
+        assert torch.equal(replay.log_prob, trajectory.log_prob[:, k])
+        assert torch.equal(replay.revealed.sum(1), trajectory.revealed()[:, k])
+
+
+@every_order
+@every_form
+@pytest.mark.parametrize(("steps", "blocks"), [(4, 1), (4, 2), (2, 1), (2, 2), (8, 1)])
+def test_replays_agree_for_every_batch_split(order, form, steps, blocks):
+    """Flat (sample, step) pairs in any order and batches of any size: within 1e-12 of the record."""
+    policy, score = policy_of(order, blocks, steps), Score(form=form)
+    trajectory = draw(policy, score)
+    generator = torch.Generator().manual_seed(0)
+    pairs = torch.cartesian_prod(torch.arange(4), torch.arange(steps))
+    pairs = pairs[torch.randperm(len(pairs), generator=generator)]
+    recorded = trajectory.log_prob[pairs[:, 0], pairs[:, 1]]
+    for size in (1, 3, len(pairs)):
+        replay = torch.cat(
+            [
+                policy.transition(trajectory.take(sample), step, score).log_prob
+                for sample, step in (part.unbind(1) for part in pairs.split(size))
+            ]
+        )
+        torch.testing.assert_close(replay, recorded, rtol=0, atol=1e-12)
+
+
+@every_order
+def test_the_paths_of_another_policy_are_scored_by_the_same_rule(order):
+    """A replay under new weights equals the log-probability of the step computed from its own logits."""
+    old, new = policy_of(order), policy_of(order, seed=2)
+    trajectory = draw(old, Score())
+    for k in range(T):
+        step = torch.full((4,), k)
+        x_t = trajectory.state(step, V)
+        law = (new.denoiser.predict(x_t, attend=trajectory.prompts.attend) / TAU).softmax(-1)
+        token = torch.where(trajectory.step_of() == k, trajectory.x_0, 0)
+        each = law.gather(-1, token[..., None]).squeeze(-1).log()
+        expected = torch.where(trajectory.step_of() == k, each, 0.0).sum(1)
+        torch.testing.assert_close(new.transition(trajectory, step, Score()).log_prob, expected)
+
+
+@every_order
+@every_form
+def test_the_gradient_of_a_transition(order, form):
+    """gradcheck of the whole chain, network included, in its output bias.
+
+    The steps are low_confidence's own too: their losing sets do not change within the differences.
+    """
+    policy, score = policy_of(order), Score(form=form)
+    trajectory = draw(policy, score)
+    assert isinstance(policy.denoiser, MlpDenoiser)
+    bias = policy.denoiser.bias_out
+
+    def log_prob(value: Tensor) -> Tensor:
+        with torch.no_grad():
+            moved = value - bias  # the parameter itself, so that the graph starts at ``value``
+        denoiser = policy.denoiser
+        assert isinstance(denoiser, MlpDenoiser)
+        del denoiser._parameters["bias_out"]
+        denoiser.bias_out = value
+        try:
+            step = torch.tensor([0, 1, 0, 2])
+            return policy.transition(trajectory, step, score).log_prob + 0 * moved.sum()
+        finally:
+            del denoiser.bias_out
+            denoiser.bias_out = bias
+
+    assert torch.autograd.gradcheck(log_prob, (bias.detach().clone().requires_grad_(),))
+
+
+def test_no_gradient_while_sampling():
+    """sample() is for rollouts: nothing in the trajectory requires a gradient."""
+    flags: list[bool] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        flags.append(tensor.requires_grad)
+        return tensor
+
+    draw(policy_of("plackett_luce"), Score(form="tokens_and_selection")).map(note)
+    assert flags and not any(flags)
+
+
+def test_scores_use_the_sampling_temperature_unless_told_otherwise():
+    """score_temperature=1 scores softmax(logits): another number, as in the released EGSPO code."""
+    policy = policy_of("random")
+    trajectory = draw(policy, Score())
+    step = torch.zeros(4, dtype=torch.long)
+    law = policy.denoiser.predict(trajectory.state(step, V), attend=trajectory.prompts.attend)
+    now = trajectory.step_of() == 0
+    token = torch.where(now, trajectory.x_0, 0)[..., None]
+    for temperature in (None, 1.0, 0.4):
+        log_p = (law / (temperature or TAU)).log_softmax(-1).gather(-1, token).squeeze(-1)
+        replay = policy.transition(trajectory, step, Score(score_temperature=temperature))
+        torch.testing.assert_close(replay.log_prob, torch.where(now, log_p, 0.0).sum(1))
+    recorded = draw(policy, Score(score_temperature=1.0))
+    assert torch.equal(recorded.x_0, trajectory.x_0)
+    assert not torch.allclose(recorded.log_prob, trajectory.log_prob)
+
+
+@every_order
+def test_the_law_of_a_transition_is_that_of_the_revealed_rows(order):
+    """log_p and revealed describe the same rows: their tokens' log-probabilities sum to the score."""
+    policy = policy_of(order)
+    trajectory = draw(policy, Score())
+    for k in range(T):
+        step = torch.full((4,), k)
+        replay = policy.transition(trajectory, step, Score())
+        logits = policy.denoiser.predict(
+            trajectory.state(step, V), attend=trajectory.prompts.attend
+        )
+        entropy = masked.entropy(masked.token_log_probs(logits, TAU))
+        expected = torch.where(trajectory.step_of() == k, entropy, 0.0).sum(1)
+        measured = torch.where(replay.revealed, masked.entropy(replay.log_p), 0.0).sum(1)
+        torch.testing.assert_close(measured, expected)
