@@ -42,7 +42,7 @@ class Stage:
         return dataclasses.replace(self, **fields)
 
     def take(self: S, index: Tensor) -> S:
-        """The rows ``index`` of every tensor: integer positions (repeats allowed) or a boolean mask."""
+        """The rows ``index`` of every tensor: integers (repeats allowed) or a boolean mask."""
         return self.map(lambda tensor: tensor[index])
 
     def to(self: S, device: torch.device | str) -> S:
@@ -90,15 +90,15 @@ class Completions(Stage):
 class MaskedTrajectory(Stage):
     """A path of the masked process: the final tokens and one reveal rank per position.
 
-    ``rank = step * L + place within the step`` where a token was revealed, -1 where it was given, so
-    storage does not grow with the number of steps and any state is rebuilt by a comparison.
+    ``rank = step * L + place within the step`` where a token was revealed, -1 where it was given,
+    so storage does not grow with the number of steps and any state is rebuilt by a comparison.
     """
 
     prompts: Prompts
     x_0: Int[Tensor, "B L"]
     rank: Int[Tensor, "B L"]
     log_prob: Float[Tensor, "B T"]
-    """Log-probability of each step under the policy that sampled it, in the recorded score (nats)."""
+    """Log-probability of each step under the sampling policy, in the recorded score (nats)."""
     max_revealed: int
     """The most tokens a step reveals in any sample; how wide a table of revealed rows must be."""
     max_candidates: int

@@ -1,7 +1,7 @@
 """Sudoku: a masked-diffusion model that the project trains itself, improved by RL.
 
-Protocol of all 4x4 recipes: 6-12 blanks, unique solutions, splits by solution grid; 4 denoising steps in
-random order at temperature 1.
+Protocol of all 4x4 recipes: 6-12 blanks, unique solutions, splits by solution grid; 4 denoising
+steps in random order at temperature 1.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def sudoku_reinforce() -> Run:
     return Run(
         task=task,
         base=Pretrain(
-            model=TransformerConfig(vocab_size=task.vocab_size, length=task.length), steps=1000
+            model=TransformerConfig(vocab_size=task.vocab_size, length=task.length), steps=900
         ),
         decoder=Decoder(steps=4, order="random", temperature=1.0),
         algorithm=Reinforce(),
@@ -46,10 +46,10 @@ def sudoku_reinforce() -> Run:
 
 
 def sudoku_lora() -> Run:
-    """The same with low-rank adapters and a KL to the base, whose policy is the adapters switched off."""
+    """EGSPO on low-rank adapters, with a KL to the base: the same network, adapters off."""
     return replace(sudoku_egspo(), algorithm=Egspo(n_steps=2, beta=0.01), lora=Lora())
 
 
 def sudoku_ema() -> Run:
-    """The same, evaluating and keeping an exponential moving average of the weights."""
+    """EGSPO that evaluates and keeps an exponential moving average of the weights."""
     return replace(sudoku_egspo(), ema=0.9)

@@ -17,7 +17,7 @@ import pytest
 from rescore.evaluation import plots
 from rescore.evaluation.report import Estimate, build_report, cell_state
 
-NASTY = """<script>alert('1')</script>&amp;"$x_"""
+NASTY = """<script>alert('1')</script>&amp;"$x_$"""
 TRAINING, VALIDATION = "#2b6cb0", "#c05621"
 
 

@@ -21,16 +21,14 @@ def test_baselines_by_hand():
     """The mean of the whole group, or of the others in it, whatever the order of the samples."""
     others = [(0.0 + 0.75) / 2, 0.25, (1 + 0.75) / 2, 0.5, (1 + 0.0) / 2, -1.0, 0.5]
     mean = [1.75 / 3, 0.375, 1.75 / 3, 0.375, 1.75 / 3, -0.25, -0.25]
-    for baseline, subtracted in (("leave_one_out", others), ("group_mean", mean)):
-        expected = REWARD - torch.tensor(subtracted, dtype=torch.float64)
-        torch.testing.assert_close(centre(REWARD, GROUP, baseline), expected)
+    by_others, by_mean = (REWARD - torch.tensor(x, dtype=torch.float64) for x in (others, mean))
+    torch.testing.assert_close(centre(REWARD, GROUP, "leave_one_out"), by_others)
+    torch.testing.assert_close(centre(REWARD, GROUP, "group_mean"), by_mean)
 
 
 def test_leave_one_out_is_the_group_mean_scaled_and_both_sum_to_zero():
     """leave_one_out = G / (G - 1) group_mean; each sums to 0 in every group."""
-    group_mean, leave_one_out = (
-        centre(REWARD, GROUP, b) for b in ("group_mean", "leave_one_out")
-    )
+    group_mean, leave_one_out = (centre(REWARD, GROUP, b) for b in ("group_mean", "leave_one_out"))
     size = torch.bincount(GROUP)[GROUP].double()
     torch.testing.assert_close(leave_one_out, size / (size - 1) * group_mean)
     for advantage in (group_mean, leave_one_out):

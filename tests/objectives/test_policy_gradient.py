@@ -35,9 +35,7 @@ def test_clip_by_hand(ratio, advantage, loss, slope, reason):
     """-min(rho A, clip(rho, 0.8, 1.5) A) and its derivative in log pi, which is rho A or 0."""
     log_prob = torch.tensor([math.log(ratio) - 1.3], dtype=torch.float64, requires_grad=True)
     old = torch.tensor([-1.3], dtype=torch.float64)
-    terms = clipped_surrogate(
-        log_prob, old, torch.tensor([advantage], dtype=torch.float64), **CLIP
-    )
+    terms = clipped_surrogate(log_prob, old, torch.tensor([advantage], dtype=torch.float64), **CLIP)
     assert terms.loss.item() == pytest.approx(loss, rel=1e-13), reason
     (gradient,) = torch.autograd.grad(terms.loss.sum(), log_prob)
     assert gradient.item() == pytest.approx(slope, rel=1e-13), reason

@@ -63,7 +63,7 @@ def test_blocks_of_a_completion_are_those_of_semi_autoregressive_decoding():
 
 
 def test_quota_by_hand():
-    """Blocks of 5 and 4 tokens in two steps each reveal 3, 2 and 2, 2; a sample of one token: 1, 0."""
+    """Blocks of 5 and 4 tokens in two steps each reveal 3, 2 and 2, 2; one token: 1, 0."""
     editable = torch.tensor([[True] * 9, [True] + [False] * 8])
     block = torch.tensor([[0] * 5 + [1] * 4, [0] + [-1] * 8])
     assert bool(((block >= 0) == editable).all())
@@ -149,7 +149,7 @@ def test_confidences_can_be_differentiated():
 
 
 def test_entropy():
-    """log V for the uniform law, 0 for a certain token, -sum p log p between, impossible tokens free."""
+    """log V for the uniform law, 0 for a certain token; impossible tokens contribute nothing."""
     p = torch.tensor([0.5, 0.2, 0.3, 0.0], dtype=torch.float64)
     by_hand = -sum(q * math.log(q) for q in (0.5, 0.2, 0.3))
     certain = torch.tensor([-INF, 0.0, -INF, -INF], dtype=torch.float64)
@@ -198,9 +198,7 @@ def test_plackett_luce_is_a_law_over_ordered_draws(n):
     log_weight = normal(5)
     weight = log_weight.exp().tolist()
     candidate = (torch.arange(5) < 4).expand(len(place), -1)
-    log_prob = masked.plackett_luce_log_prob(
-        log_weight.expand(len(place), -1), place, candidate
-    )
+    log_prob = masked.plackett_luce_log_prob(log_weight.expand(len(place), -1), place, candidate)
     assert abs(float(log_prob.exp().sum()) - 1) < 1e-14
     for row, value in zip(place.tolist(), log_prob.tolist(), strict=True):
         left, product = sum(weight[:4]), 1.0

@@ -1,9 +1,12 @@
-"""Replaying recorded paths: the same numbers as the sampler's, whatever the batch, with gradients."""
+"""Replaying recorded paths: the sampler's own numbers, whatever the batch, with gradients."""
+
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
+from rescore.models.denoiser import Denoiser
 from rescore.models.tiny import MlpDenoiser
 from rescore.processes import masked
 from rescore.sampling.decoder import Decoder
@@ -25,8 +28,8 @@ def boards() -> Prompts:
 
     What is given lies outside the vocabulary, as prompts and padding of a language model may.
     """
-    editable = torch.tensor([[1] * 7, [0, 0, 1, 1, 1, 1, 1], [0] * 3 + [1] + [0] * 3, [0] + [1] * 4 + [0] * 2])
-    editable = editable.bool()
+    first, last = torch.tensor([[0], [2], [3], [1]]), torch.tensor([[6], [6], [3], [4]])
+    editable = (torch.arange(L) >= first) & (torch.arange(L) <= last)
     attend = torch.ones_like(editable)
     attend[3, 5:] = attend[3, 0] = attend[1, 0] = False
     tokens = torch.where(editable, V, torch.where(attend, 1, 9))
@@ -43,7 +46,7 @@ def boards() -> Prompts:
 def policy_of(order: str, blocks: int = 1, steps: int = T, seed: int = 1) -> MaskedPolicy:
     denoiser = MlpDenoiser(V, L, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        denoiser.weight_out *= 2
+        denoiser.weight_out.mul_(2)
     decoder = Decoder(steps=steps, blocks=blocks, order=order, temperature=TAU)  # pyright: ignore[reportArgumentType]
     return MaskedPolicy(denoiser, decoder)
 
@@ -70,7 +73,7 @@ def test_a_replay_of_the_same_shape_is_bitwise_the_record(order, form, blocks):
 @every_form
 @pytest.mark.parametrize(("steps", "blocks"), [(4, 1), (4, 2), (2, 1), (2, 2), (8, 1)])
 def test_replays_agree_for_every_batch_split(order, form, steps, blocks):
-    """Flat (sample, step) pairs in any order and batches of any size: within 1e-12 of the record."""
+    """Flat (sample, step) pairs in any order and batches of any size: the record to 1e-12."""
     policy, score = policy_of(order, blocks, steps), Score(form=form)
     trajectory = draw(policy, score)
     generator = torch.Generator().manual_seed(0)
@@ -89,7 +92,7 @@ def test_replays_agree_for_every_batch_split(order, form, steps, blocks):
 
 @every_order
 def test_the_paths_of_another_policy_are_scored_by_the_same_rule(order):
-    """A replay under new weights equals the log-probability of the step computed from its own logits."""
+    """A replay under new weights is the log-probability of the step under their own logits."""
     old, new = policy_of(order), policy_of(order, seed=2)
     trajectory = draw(old, Score())
     for k in range(T):
@@ -102,33 +105,43 @@ def test_the_paths_of_another_policy_are_scored_by_the_same_rule(order):
         torch.testing.assert_close(new.transition(trajectory, step, Score()).log_prob, expected)
 
 
+@dataclass(frozen=True)
+class Shifted:
+    """Another denoiser's logits plus a table of shifts: something to differentiate in."""
+
+    inner: Denoiser
+    shift: Tensor
+
+    @property
+    def vocab_size(self) -> int:
+        return self.inner.vocab_size
+
+    @property
+    def mask_id(self) -> int:
+        return self.inner.mask_id
+
+    def predict(
+        self, x_t: Tensor, *, attend: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        logits = self.inner.predict(x_t, attend=attend).detach() + self.shift
+        return logits if positions is None else logits.take_along_dim(positions[..., None], 1)
+
+
 @every_order
 @every_form
 def test_the_gradient_of_a_transition(order, form):
-    """gradcheck of the whole chain, network included, in its output bias.
-
-    The steps are low_confidence's own too: their losing sets do not change within the differences.
-    """
+    """gradcheck in the logits of every position; the losing sets stay as they are within it."""
     policy, score = policy_of(order), Score(form=form)
     trajectory = draw(policy, score)
-    assert isinstance(policy.denoiser, MlpDenoiser)
-    bias = policy.denoiser.bias_out
 
-    def log_prob(value: Tensor) -> Tensor:
-        with torch.no_grad():
-            moved = value - bias  # the parameter itself, so that the graph starts at ``value``
-        denoiser = policy.denoiser
-        assert isinstance(denoiser, MlpDenoiser)
-        del denoiser._parameters["bias_out"]
-        denoiser.bias_out = value
-        try:
-            step = torch.tensor([0, 1, 0, 2])
-            return policy.transition(trajectory, step, score).log_prob + 0 * moved.sum()
-        finally:
-            del denoiser.bias_out
-            denoiser.bias_out = bias
+    def log_prob(shift: Tensor) -> Tensor:
+        shifted = MaskedPolicy(Shifted(policy.denoiser, shift), policy.decoder)
+        return shifted.transition(trajectory, torch.tensor([0, 1, 0, 2]), score).log_prob
 
-    assert torch.autograd.gradcheck(log_prob, (bias.detach().clone().requires_grad_(),))
+    zero = torch.zeros(L, V, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(log_prob, (zero,))
+    (gradient,) = torch.autograd.grad(log_prob(zero).sum(), zero)
+    assert bool(gradient.any())
 
 
 def test_no_gradient_while_sampling():
@@ -162,7 +175,7 @@ def test_scores_use_the_sampling_temperature_unless_told_otherwise():
 
 @every_order
 def test_the_law_of_a_transition_is_that_of_the_revealed_rows(order):
-    """log_p and revealed describe the same rows: their tokens' log-probabilities sum to the score."""
+    """log_p and revealed describe the same rows: the entropy of the step can be read off them."""
     policy = policy_of(order)
     trajectory = draw(policy, Score())
     for k in range(T):

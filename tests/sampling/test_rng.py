@@ -53,7 +53,7 @@ def test_philox_known_answers(counter, key, answer):
 
 
 def test_the_uniform_is_made_of_the_first_two_words_of_its_counter():
-    """u = (k + 1/2) 2^-52, k = 26 high bits of each word, at (position, step and stream, sample id)."""
+    """u = (k + 1/2) 2^-52; k = 26 high bits of each word at (position, step and stream, sample)."""
     seed, sample, step, where = (7 << 32) + 5, (3 << 32) + 11, 6, 9
     rng = SampleRng(seed, torch.tensor([sample]))
     counter = [torch.tensor([c]) for c in (where, step * len(Stream) + Stream.SLOT, 11, 3)]
@@ -113,7 +113,12 @@ def test_uniforms_are_uniform_and_neighbours_are_independent():
 @pytest.mark.parametrize("scale", [1.0, 1e-12, 3e7])
 @pytest.mark.parametrize(
     ("dtype", "n_tokens"),
-    [(torch.float32, 9), (torch.float64, 9), (torch.bfloat16, 200), (torch.float32, 2 * MANY_TOKENS)],
+    [
+        (torch.float32, 9),
+        (torch.float64, 9),
+        (torch.bfloat16, 200),
+        (torch.float32, 2 * MANY_TOKENS),
+    ],
 )
 def test_a_token_of_probability_zero_is_never_drawn(dtype, n_tokens, scale):
     """Zeros first, last and in between; the extreme uniforms; probabilities of any total."""

@@ -53,8 +53,9 @@ def test_top_entropy_is_the_offline_choice(n_slots):
     assert trajectory.entropy is not None and trajectory.completions is not None
     active = trajectory.revealed() > 0
     entropy = trajectory.entropy.masked_fill(~active, -1.0)
+    offline = top_steps(entropy, n_slots).tolist()
     for row, chosen, is_active in zip(
-        trajectory.completions.step.tolist(), top_steps(entropy, n_slots).tolist(), active, strict=True
+        trajectory.completions.step.tolist(), offline, active, strict=True
     ):
         kept = [t for t in chosen if bool(is_active[t])]
         assert sorted(row) == sorted(kept + [-1] * (n_slots - len(kept)))
@@ -114,4 +115,5 @@ def test_a_reservoir_draws_with_probability_proportional_to_entropy_plus_delta()
     expected = n * torch.outer(q, q).flatten()
     assert not bool(joint[expected == 0].any())
     used = expected > 0
-    assert float(((joint - expected)[used] ** 2 / expected[used]).sum()) < 40  # 15 degrees of freedom
+    statistic = ((joint - expected)[used] ** 2 / expected[used]).sum()
+    assert float(statistic) < 40  # 15 degrees of freedom

@@ -259,6 +259,15 @@ def test_a_failed_atomic_write_changes_nothing(tmp_path):
     assert path.read_bytes() == "é".encode()
 
 
+def test_an_atomic_write_replaces_the_file_as_a_whole(tmp_path):
+    """The old content is never written over: another name of it still has it afterwards."""
+    path, other = tmp_path / "a", tmp_path / "b"
+    path.write_text("old")
+    os.link(path, other)
+    checkpoint.write_atomic(path, "new")
+    assert (path.read_text(), other.read_text()) == ("new", "old")
+
+
 class Net(nn.Module):
     """Two layers, a scalar, and a parameter that never gets a gradient."""
 

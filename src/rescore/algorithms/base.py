@@ -17,9 +17,10 @@ from rescore.types import Actions, Credited, MaskedTrajectory, Scored, Selected,
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm(abc.ABC):
-    """A method. Frozen: the instance is its own configuration; state lives in modules and the trainer.
+    """A method. Frozen: the instance is its own configuration; state lives elsewhere.
 
-    Data flow: ``record`` -> sampling -> ``select`` -> rewards -> ``annotate`` -> ``credit`` -> ``loss``.
+    Data flow: ``record`` -> sampling -> ``select`` -> rewards -> ``annotate`` -> ``credit`` ->
+    ``loss``.
     """
 
     citation: ClassVar[str]
@@ -48,8 +49,8 @@ class Algorithm(abc.ABC):
         """
         if decoder.temperature <= 0:
             raise ValueError(
-                f"decoder: temperature={decoder.temperature:g} makes the policy deterministic, and its "
-                f"log-probabilities have no gradient to train on; use a temperature above 0"
+                f"decoder: temperature={decoder.temperature:g} makes the policy deterministic, and "
+                f"its log-probabilities have no gradient to train on; use one above 0"
             )
 
     def select(self, trajectory: MaskedTrajectory, rng: Rng) -> Selected:
@@ -60,7 +61,7 @@ class Algorithm(abc.ABC):
         return Selected(trajectory=trajectory, step=step, step_weight=weight)
 
     def annotate(self, models: Models, scored: Scored) -> Scored:
-        """Add what needs a model but no policy gradient, once per rollout; the default adds nothing."""
+        """Add, once per rollout, what needs a model but no policy gradient; by default nothing."""
         return scored
 
     @abc.abstractmethod

@@ -1,17 +1,18 @@
 """EGSPO: policy gradient on the denoising steps of highest entropy.
 
-Source: Kunde et al., "Reinforcement Learning for Diffusion LLMs with Entropy-Guided Step Selection and
-Stepwise Advantages", arXiv:2603.12554. Per sample, the K steps whose revealed tokens had the largest
-entropy under the sampling policy are trained with PPO's clipped surrogate and a KL to the reference.
+Source: Kunde et al., "Reinforcement Learning for Diffusion LLMs with Entropy-Guided Step Selection
+and Stepwise Advantages", arXiv:2603.12554. Per sample, the K steps whose revealed tokens had the
+largest entropy under the sampling policy are trained with PPO's clipped surrogate and a KL to the
+reference.
 
 Bias: top-K drops steps and lets the sampled path choose which, so its gradient is biased.
-``selection="importance"`` draws K steps with replacement, q proportional to H + delta, and weights each
-draw by 1 / (K q); it is unbiased. The group mean scales the gradient by 1 - 1/G.
+``selection="importance"`` draws K steps with replacement, q proportional to H + delta, and weights
+each draw by 1 / (K q); it is unbiased. The group mean scales the gradient by 1 - 1/G.
 
 Deviations from the released code, all towards the paper: tokens are scored under the law they were
 sampled from, temperature included (``score.score_temperature=1`` restores the code's mismatch);
-entropies are sums over the revealed positions under the sampling law, not means at temperature 1; all K
-steps of a rollout enter the same update, and the loss is not divided by the tokens per step.
+entropies are sums over the revealed positions under the sampling law, not means at temperature 1;
+all K steps of a rollout enter the same update, and the loss is not divided by the tokens per step.
 """
 
 from __future__ import annotations
@@ -56,8 +57,10 @@ class Egspo(Algorithm):
     """What the log-probability of a step counts."""
 
     citation: ClassVar[str] = """@article{kunde2026egspo,
-  title   = {Reinforcement Learning for Diffusion LLMs with Entropy-Guided Step Selection and Stepwise Advantages},
-  author  = {Kunde, V. T. and Doudi, F. and Farahbakhsh, M. and Kalathil, D. and Narayanan, K. and Chamberland, J.-F.},
+  title   = {Reinforcement Learning for Diffusion LLMs with Entropy-Guided Step Selection
+             and Stepwise Advantages},
+  author  = {Kunde, V. T. and Doudi, F. and Farahbakhsh, M. and Kalathil, D. and Narayanan, K.
+             and Chamberland, J.-F.},
   journal = {arXiv preprint arXiv:2603.12554},
   year    = {2026}
 }"""

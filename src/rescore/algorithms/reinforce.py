@@ -1,8 +1,8 @@
 """REINFORCE on denoising trajectories: every step, one on-policy gradient per rollout.
 
 Source: Williams 1992, Machine Learning 8, 229-256, applied to the denoising MDP: the reward of the
-finished sample multiplies the sum of the step scores. With no baseline or leave-one-out the expected
-gradient is exactly that of E[r]; the group mean scales it by 1 - 1/G.
+finished sample multiplies the sum of the step scores. With no baseline or leave-one-out the
+expected gradient is exactly that of E[r]; the group mean scales it by 1 - 1/G.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class Reinforce(Algorithm):
     """What the log-probability of a step counts."""
 
     citation: ClassVar[str] = """@article{williams1992simple,
-  title   = {Simple statistical gradient-following algorithms for connectionist reinforcement learning},
+  title   = {Simple statistical gradient-following algorithms for connectionist
+             reinforcement learning},
   author  = {Williams, Ronald J.},
   journal = {Machine Learning},
   volume  = {8},

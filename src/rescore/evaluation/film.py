@@ -25,8 +25,8 @@ def film_strip(
     """The canvas of prompt ``number`` before every step and at the end, as text cells.
 
     Returns:
-        ``label``, ``frames`` (each ``step`` and ``cells``; masks are empty), ``given`` and ``solution``
-        per cell, and ``note``: the reward terms of the result.
+        ``label``, ``frames`` (each ``step`` and ``cells``; masks are empty), ``given`` and
+        ``solution`` per cell, and ``note``: the reward terms of the result.
     """
     index = torch.tensor([number])
     prompts = task.prompts(split, index).to(device)

@@ -34,8 +34,8 @@ def evaluate(
 ) -> dict[str, Float[Tensor, " n"]]:
     """Every reward term and the total ``reward`` of one sample per prompt.
 
-    The noise of a prompt depends on its number and the seed only, so two policies evaluated on the same
-    prompts are compared on the same noise.
+    The noise of a prompt depends on its number and the seed only, so two policies evaluated on the
+    same prompts are compared on the same noise.
     """
     parts: dict[str, list[Tensor]] = {}
     for rows in index.split(batch_size):

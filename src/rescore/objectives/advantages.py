@@ -47,7 +47,8 @@ def zero_variance(reward: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Tens
 def top_steps(entropy: Float[Tensor, "B T"], n: int) -> Int[Tensor, "B n"]:
     """The n steps of largest entropy of each sample, largest first, the earlier step on a tie.
 
-    Source: EGSPO, arXiv:2603.12554: keep the K steps that bound the error of a truncated gradient best.
+    Source: EGSPO, arXiv:2603.12554: keep the K steps that bound the error of a truncated gradient
+    best.
     """
     return entropy.argsort(dim=1, descending=True, stable=True)[:, :n]
 

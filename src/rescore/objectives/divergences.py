@@ -17,9 +17,9 @@ def kl_estimate(
 ) -> Float[Tensor, " N"]:
     r"""One-sample estimates of KL(new || ref), with d = log pi_ref(a|s) - log pi_new(a|s).
 
-    k1 = -d (unbiased value, gradient of mean 0), k2 = d^2 / 2 (biased value; its gradient is that of
-    KL(new || ref)), k3 = exp(d) - 1 - d (unbiased value; its gradient is that of KL(ref || new)). The
-    gradients are those for actions drawn from the new policy and given states.
+    k1 = -d (unbiased value, gradient of mean 0), k2 = d^2 / 2 (biased value; its gradient is that
+    of KL(new || ref)), k3 = exp(d) - 1 - d (unbiased value; its gradient is that of KL(ref ||
+    new)). The gradients are those for actions drawn from the new policy and given states.
 
     Source: Schulman, joschu.net/blog/kl-approx.html; the gradients are checked by enumeration in
     ``tests/objectives``. Steps that are impossible under the new policy contribute 0.
@@ -43,8 +43,8 @@ def categorical_kl(
 ) -> Float[Tensor, " N"]:
     """Exact sum over the chosen rows of KL(p || q) = sum_v p_v (log p_v - log q_v), nats.
 
-    Source: the exact form of EGSPO's KL (arXiv:2603.12554), summed over the vocabulary. It covers the
-    tokens at the revealed positions, not the choice of positions.
+    Source: the exact form of EGSPO's KL (arXiv:2603.12554), summed over the vocabulary. It covers
+    the tokens at the revealed positions, not the choice of positions.
     """
     gap = torch.where(log_p.isfinite(), log_p - log_q.detach(), 0.0)
     return torch.where(rows, (log_p.exp() * gap).sum(-1), 0.0).sum(-1)

@@ -16,8 +16,8 @@ def score_function(
 ) -> Terms:
     r"""REINFORCE: $-A \log \pi_\theta(a \mid s)$, per step.
 
-    Source: Williams 1992, Machine Learning 8, section 4; valid only for actions drawn from the current
-    policy. ``log_prob_old`` feeds the metrics, not the loss.
+    Source: Williams 1992, Machine Learning 8, section 4; valid only for actions drawn from the
+    current policy. ``log_prob_old`` feeds the metrics, not the loss.
 
     Args:
         log_prob: log pi_theta(a | s), nats. The only argument gradients flow through.
@@ -39,8 +39,8 @@ def clipped_surrogate(
 ) -> Terms:
     r"""PPO's clipped surrogate $-\min(\rho A, \mathrm{clip}(\rho) A)$, per step.
 
-    Source: Schulman et al. 2017, arXiv:1707.06347, eq. (7), negated so that it is minimised; separate
-    bounds as in DAPO, arXiv:2503.14476. An action that is impossible under the new policy
+    Source: Schulman et al. 2017, arXiv:1707.06347, eq. (7), negated so that it is minimised;
+    separate bounds as in DAPO, arXiv:2503.14476. An action that is impossible under the new policy
     (log-probability -inf) has ratio 0 and no gradient.
 
     Args:
@@ -61,10 +61,10 @@ def clipped_surrogate(
 def ratio_metrics(
     log_prob: Float[Tensor, " N"], log_prob_old: Float[Tensor, " N"]
 ) -> dict[str, Float[Tensor, " N"]]:
-    """The ratio pi_new / pi_old, the k3 estimate of KL(old || new), and steps that became impossible.
+    """The ratio pi_new / pi_old, the k3 estimate of KL(old || new), and impossible steps.
 
-    k3 = ratio - 1 - log ratio (Schulman, joschu.net/blog/kl-approx.html); impossible steps are left out
-    of it.
+    k3 = ratio - 1 - log ratio (Schulman, joschu.net/blog/kl-approx.html); impossible steps are left
+    out of it.
     """
     log_ratio = (log_prob - log_prob_old).detach()
     possible = log_ratio.isfinite()

@@ -1,9 +1,9 @@
-"""The absorbing (masked) process: noising, the reverse step, and the exact log-probability of a step.
+"""The absorbing (masked) process: noising, the reverse step, and its exact log-probability.
 
-A reverse step looks at the canvas x_t, chooses n of the masked positions and writes one token at each.
-Two laws take part: the sampling law p~ = softmax(logits / temperature) that tokens are drawn from, and
-the confidence law p = softmax(logits) that some orders choose positions by. All log-probabilities are
-in nats and in float32 or better.
+A reverse step looks at the canvas x_t, chooses n of the masked positions and writes one token at
+each. Two laws take part: the sampling law p~ = softmax(logits / temperature) that tokens are drawn
+from, and the confidence law p = softmax(logits) that some orders choose positions by. All
+log-probabilities are in nats and in float32 or better.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def reveal_quota(
 def token_log_probs(
     logits: Float[Tensor, "*B V"], temperature: float = 1.0
 ) -> Float[Tensor, "*B V"]:
-    """log softmax(logits / temperature), in float32 or better; at temperature 0 the argmax has mass 1."""
+    """log softmax(logits / temperature) in float32 or better; at 0 all mass is at the argmax."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if temperature == 0:
         top = logits.argmax(-1, keepdim=True)
@@ -93,8 +93,9 @@ def token_log_probs(
 def confidence_log_probs(logits: Float[Tensor, "*B V"]) -> Float[Tensor, "*B V"]:
     """log softmax(logits) that stays ordered where the largest probability rounds to 1.
 
-    The largest entry is computed as -log1p(sum of the other odds), so two confidences of 1 - 1e-9 and
-    1 - 1e-10 differ in float32; a plain softmax ties them, and position choices then hang on rounding.
+    The largest entry is computed as -log1p(sum of the other odds), so two confidences of 1 - 1e-9
+    and 1 - 1e-10 differ in float32; a plain softmax ties them, and position choices then hang on
+    rounding.
     """
     log_p = token_log_probs(logits)
     top, index = log_p.max(-1, keepdim=True)
@@ -114,8 +115,8 @@ def tokens_log_prob(
 
     Source: EGSPO, arXiv:2603.12554: the policy as a product over the newly revealed positions. It
     leaves out the probability of choosing those positions: for left-to-right and max_prob that is 1
-    given the state (their exact gradient is the almost-everywhere one: J jumps where two confidences
-    cross); for the other orders see the functions below.
+    given the state (their exact gradient is the almost-everywhere one: J jumps where two
+    confidences cross); for the other orders see the functions below.
     """
     log_prob = log_p.gather(-1, token[..., None]).squeeze(-1)
     return torch.where(revealed, log_prob, 0.0).sum(-1)
@@ -134,8 +135,8 @@ def plackett_luce_log_prob(
 ) -> Float[Tensor, " N"]:
     """log of prod_i w_(i) / (sum of the weights not drawn before the i-th), an ordered draw.
 
-    Source: Plackett 1975, Applied Statistics 24(2). ``place`` is the order of the draw, -1 for rows not
-    drawn.
+    Source: Plackett 1975, Applied Statistics 24(2). ``place`` is the order of the draw, -1 for rows
+    not drawn.
     """
     log_weight = torch.where(candidate, log_weight, FAR_BELOW)
     last = torch.where(place >= 0, place, place.shape[-1])
@@ -155,12 +156,12 @@ def low_confidence_log_prob(
 ) -> Float[Tensor, " N"]:
     """Sum over the rows not revealed of log F, F = P(the row drew a token of lower confidence).
 
-    The log-probability of the positions that low-confidence remasking keeps, given their tokens; with
-    ``tokens_log_prob`` it makes the exact log-probability of the step.
+    The log-probability of the positions that low-confidence remasking keeps, given their tokens;
+    with ``tokens_log_prob`` it makes the exact log-probability of the step.
 
     With c* the smallest confidence among the revealed tokens and l* its position, row j lost if it
-    drew a token w with (p_j(w), -j) lexicographically below (c*, -l*): ties go to the lower position,
-    as in the sampler. The sets of losing tokens are held fixed, so the gradient is the
+    drew a token w with (p_j(w), -j) lexicographically below (c*, -l*): ties go to the lower
+    position, as in the sampler. The sets of losing tokens are held fixed, so the gradient is the
     almost-everywhere one. Where such a set is empty the step is impossible: -inf, without gradient.
     """
     if place.shape[-1] == 0:  # no sample chooses anything in this step

@@ -67,7 +67,8 @@ def _settings(instance: Algorithm | Score) -> Iterator[str]:
         if isinstance(value, Score):
             yield from _settings(value)
         elif value != field.default:
-            yield f"{'score' if field.name == 'form' else field.name}={value}"
+            name = "score" if field.name == "form" else field.name
+            yield f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
 
 
 WORLDS = tuple(

@@ -27,7 +27,7 @@ from rich.table import Table
 
 import rescore.algorithms
 from rescore.algorithms.base import Algorithm
-from rescore.proof.cases import CASES, Case
+from rescore.proof.cases import CASES, ORDERS, Case
 from rescore.proof.oracle import exact_gradient, expectation
 
 EXACT = 1e-10
@@ -138,48 +138,54 @@ def write_expected(path: Path) -> None:
 
 
 def print_rows(rows: Sequence[Row], console: Console | None = None) -> None:
-    """One line per option, with the range over its worlds; then every row that is not ok, by itself."""
+    """One line per setting and claim, with the range over worlds, orders and temperatures.
+
+    Rows that are not ok follow one by one.
+    """
     console = console or Console()
     for algorithm, of_algorithm in groupby(rows, lambda row: row.algorithm):
-        by_option: dict[str, list[Row]] = {}
+        lines: dict[tuple[str, str], list[Row]] = {}
         for row in of_algorithm:
-            by_option.setdefault(row.option, []).append(row)
-        console.print(_table(algorithm, "option", by_option))
-    failed = {f"{row.algorithm} {row.option} {row.world}": [row] for row in rows if not row.ok}
+            words = row.option.split()
+            settings = [w for w in words if not w.startswith(("order=", "temperature="))]
+            lines.setdefault((" ".join(settings) or "(defaults)", row.claimed), []).append(row)
+        console.print(_table(algorithm, {key: lines[key] for key in sorted(lines)}))
+    failed = {(f"{row.option} | {row.world}", row.claimed): [row] for row in rows if not row.ok}
     if failed:
-        console.print(_table(f"{len(failed)} not ok", "row", failed))
+        console.print(_table("not ok", failed))
     console.print(f"{len(rows)} rows, {len(rows) - len(failed)} ok")
 
 
-def _table(title: str, first: str, groups: Mapping[str, Sequence[Row]]) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    table.add_column(first, max_width=48)
-    for name in ("worlds", "claimed", "bias", "cosine", "norm ratio", "variance", "forwards", "ok"):
-        table.add_column(name, justify="left" if name in ("claimed", "ok") else "right")
-    for name, rows in groups.items():
-        claims = {f"{r.claimed} {r.factor:g}" if r.factor else r.claimed for r in rows}
+def _table(title: str, lines: Mapping[tuple[str, str], Sequence[Row]]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table.add_column("options", width=30)
+    table.add_column("orders", width=14)
+    for name in ("rows", "claimed", "bias", "cosine", "norm", "variance", "forwards", "ok"):
+        left = name in ("claimed", "ok")
+        table.add_column(name, justify="left" if left else "right", no_wrap=True)
+    for (settings, claimed), rows in lines.items():
+        words = (word for row in rows for word in row.option.split())
+        orders = dict.fromkeys(word[6:] for word in words if word.startswith("order="))
+        factor = {f" {row.factor:g}" for row in rows if row.claimed == "scaled"}
+        largest = max(row.bias for row in rows)
         table.add_row(
-            name,
+            settings,
+            "all" if len(orders) == len(ORDERS) else "\n".join(orders),
             str(len(rows)),
-            " or ".join(sorted(claims)),
-            *(
-                _range(values, form)
-                for values, form in (
-                    ([r.bias for r in rows], ".0e" if max(r.bias for r in rows) < 1e-3 else ".2f"),
-                    ([r.cosine for r in rows], ".2f"),
-                    ([r.norm_ratio for r in rows], ".2f"),
-                    ([r.variance for r in rows], ".2g"),
-                    ([r.forwards for r in rows], ".1f"),
-                )
-            ),
-            "yes" if all(r.ok for r in rows) else "NO",
+            claimed + "".join(factor),
+            f"{largest:.0e}" if largest < 1e-3 else _range([row.bias for row in rows], ".2f"),
+            _range([row.cosine for row in rows], ".2f"),
+            _range([row.norm_ratio for row in rows], ".2f"),
+            _range([row.variance for row in rows], ".2g"),
+            _range([row.forwards for row in rows], ".1f"),
+            "yes" if all(row.ok for row in rows) else "NO",
         )
     return table
 
 
 def _range(values: Sequence[float], form: str) -> str:
     low, high = format(min(values), form), format(max(values), form)
-    return low if low == high else f"{low}-{high}"
+    return low if low == high else f"{low} {high}"
 
 
 if __name__ == "__main__":

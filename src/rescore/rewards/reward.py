@@ -34,13 +34,13 @@ class Reward:
     functions: Mapping[str, RewardFunction]
     """Term name to function."""
     weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """Term name to its weight in the sum; 1 where not named, and 0 reports a term without using it."""
+    """Term name to its weight in the sum; 1 where not named. 0 reports a term without using it."""
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.weights) - set(self.functions))
         if unknown:
             raise ValueError(
-                f"reward weights name unknown terms {unknown}; the terms are {sorted(self.functions)}"
+                f"reward weights name unknown terms {unknown}; there are {sorted(self.functions)}"
             )
 
     def terms(

@@ -14,7 +14,7 @@ class Decoder:
     steps: int
     """T: denoising steps, in all blocks together."""
     blocks: int = 1
-    """Blocks finished one after the other, left to right (semi-autoregressive); 1 = whole sequence."""
+    """Blocks finished in turn, left to right (semi-autoregressive); 1 = whole sequence."""
     order: Order = "random"
     """Which positions a step reveals."""
     temperature: float = 1.0

@@ -26,7 +26,7 @@ class StepRows:
     place: Int[Tensor, "N R"]
     """Order of the reveal within the step; -1 for rows not revealed."""
     n_candidates: Int[Tensor, " N"]
-    """How many positions the step chose from; these rows come first where all of them are listed."""
+    """How many positions the step chose from; where all are listed, their rows come first."""
 
 
 def step_log_prob(
@@ -34,8 +34,9 @@ def step_log_prob(
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, "N R V"]]:
     """Log-probability of a step in the named form, and the law its tokens are scored under.
 
-    Sampler and loss both call this, so they cannot disagree. ``tokens_and_selection`` needs ``rows`` to
-    list every candidate for the orders whose choice of positions depends on the network.
+    Sampler and loss both call this, so they cannot disagree. ``tokens_and_selection`` needs
+    ``rows`` to list every candidate for the orders whose choice of positions depends on the
+    network.
     """
     temperature = score.score_temperature or decoder.temperature
     log_p = masked.token_log_probs(logits, temperature)
@@ -63,8 +64,9 @@ def sample_masked(
     """Fill the editable positions of every canvas in ``decoder.steps`` steps.
 
     Network rows: T forwards of B canvases. The vocabulary head sees only the rows a step may write,
-    unless completions are recorded. Memory: the canvas, one rank per position, and scalars per step.
-    The caller decides about gradients: ``MaskedPolicy.sample`` disables them, the proofs keep them.
+    unless completions are recorded. Memory: the canvas, one rank per position, and scalars per
+    step. The caller decides about gradients: ``MaskedPolicy.sample`` disables them, the proofs keep
+    them.
     """
     n_samples, length = prompts.tokens.shape
     block = masked.blocks_of(prompts.editable, decoder.blocks)

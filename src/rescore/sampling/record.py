@@ -11,12 +11,13 @@ class Score:
     """What the log-probability of a step means."""
 
     form: Literal["tokens", "tokens_and_selection"] = "tokens"
-    """``tokens``: the revealed tokens only, as in EGSPO (arXiv:2603.12554). ``tokens_and_selection``:
-    also which positions were revealed; exact for every order."""
+    """``tokens``: the revealed tokens only, as in EGSPO (arXiv:2603.12554).
+    ``tokens_and_selection``: also which positions were revealed; exact for every order."""
 
     score_temperature: float | None = None
     """Temperature of the law tokens are scored under; None = the one they were sampled at, which is
-    exact. 1 is what the released EGSPO code does whatever the sampling temperature; it is biased."""
+    exact. 1 is what the released EGSPO code does whatever the sampling temperature; it is
+    biased."""
 
     def __post_init__(self) -> None:
         if self.score_temperature is not None and self.score_temperature <= 0:

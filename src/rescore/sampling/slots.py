@@ -1,4 +1,4 @@
-"""One-step completions kept in K slots while sampling, so that memory does not grow with the steps."""
+"""One-step completions kept in K slots while sampling: memory does not grow with the steps."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ class CompletionSlots:
     """A running choice of K steps per sample and the completion made before each of them.
 
     ``top_entropy`` keeps the K largest entropies, the earlier step on a tie. ``reservoir`` keeps K
-    independent draws, step t with probability w_t / sum w, w_t = entropy_t + delta: slot k takes step t
-    with probability w_t / (w_0 + ... + w_t) (A-Chao with one slot; Chao 1982, Biometrika 69).
+    independent draws, step t with probability w_t / sum w, w_t = entropy_t + delta: slot k takes
+    step t with probability w_t / (w_0 + ... + w_t) (A-Chao with one slot; Chao 1982, Biometrika
+    69).
     """
 
     def __init__(self, plan: Slots, canvas: Int[Tensor, "B L"]) -> None:
@@ -35,7 +36,7 @@ class CompletionSlots:
         active: Bool[Tensor, " B"],
         rng: Rng,
     ) -> None:
-        """Consider one step; samples that reveal nothing in it (``active`` False) keep their slots."""
+        """Consider one step; samples that reveal nothing in it (not ``active``) keep their slots."""
         columns = torch.arange(self.plan.n, device=self.step.device)
         if self.plan.by == "top_entropy":
             lowest = self.key == self.key.amin(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""A task: prompts, a reward, three splits that share no content, and clean data to train a base on."""
+"""A task: prompts, a reward, three splits that share no content, and clean data for a base."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def prompts(self, split: Split, index: Int[Tensor, " B"]) -> Prompts:
-        """The prompts with these numbers, each its own group, ``sample_id`` = position in the batch.
+        """The prompts with these numbers, each its own group; ``sample_id`` is the row number.
 
         A pure function of its arguments.
         """

@@ -1,0 +1,238 @@
+"""The contract of an algorithm, for every one that the package holds: nobody has to register."""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+import rescore.algorithms
+from rescore.algorithms.base import Algorithm
+from rescore.models.tiny import MlpDenoiser
+from rescore.sampling.decoder import Decoder
+from rescore.sampling.policy import MaskedPolicy, Models
+from rescore.sampling.record import Record
+from rescore.sampling.rng import SampleRng
+from rescore.types import Credited, Prompts, Scored, Stage, Terms
+
+V, L, T, B = 3, 8, 8, 6
+RNG = SampleRng(3, torch.arange(B))
+
+
+def algorithms() -> list[type[Algorithm]]:
+    """Every concrete subclass defined in a module of ``rescore.algorithms``."""
+    found = []
+    for info in pkgutil.iter_modules(rescore.algorithms.__path__):
+        module = importlib.import_module(f"rescore.algorithms.{info.name}")
+        for _, member in inspect.getmembers(module, inspect.isclass):
+            if issubclass(member, Algorithm) and member.__module__ == module.__name__:
+                found.append(member)
+    return [algorithm for algorithm in found if not inspect.isabstract(algorithm)]
+
+
+every_algorithm = pytest.mark.parametrize("kind", algorithms(), ids=lambda kind: kind.__name__)
+
+
+def policy(seed: int) -> MaskedPolicy:
+    denoiser = MlpDenoiser(V, L, generator=torch.Generator().manual_seed(seed))
+    return MaskedPolicy(denoiser, Decoder(steps=T, blocks=2, temperature=0.7))
+
+
+OLD, NEW, REF = policy(0), policy(1), policy(2)
+
+
+def prompts() -> Prompts:
+    """Two groups of three, interleaved; one prompt leaves eight blanks, the other five."""
+    group = torch.tensor([0, 1, 1, 0, 1, 0])
+    editable = torch.arange(L)[None] >= 3 * group[:, None]
+    return Prompts(
+        tokens=torch.where(editable, V, 1),
+        editable=editable,
+        group=group,
+        sample_id=torch.arange(B),
+        info={},
+    )
+
+
+def score(algorithm: Algorithm) -> Scored:
+    """Sample, select, reward at random, annotate."""
+    trajectory = OLD.sample(prompts(), algorithm.record, RNG)
+    selected = algorithm.select(trajectory, RNG)
+    reward = torch.rand(B, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    scored = Scored(**selected.fields(), reward=reward, terms={"reward": reward})
+    return algorithm.annotate(Models(OLD, REF if algorithm.uses_reference else None), scored)
+
+
+def loss(algorithm: Algorithm, credited: Credited, pairs: Tensor) -> tuple[Tensor, Terms]:
+    """The weighted sum that a micro-batch adds, and its terms."""
+    actions = credited.actions(pairs)
+    models = Models(NEW, REF if algorithm.uses_reference else None)
+    terms = algorithm.loss(models, actions, RNG)
+    return (actions.weight * terms.loss).sum(), terms
+
+
+def gradient(algorithm: Algorithm, credited: Credited, pairs: Tensor, size: int) -> list[Tensor]:
+    """The gradient accumulated over micro-batches of ``size`` pairs."""
+    assert isinstance(NEW.denoiser, MlpDenoiser)
+    weights = list(NEW.denoiser.parameters())
+    total = [torch.zeros_like(weight) for weight in weights]
+    for part in pairs.split(size):
+        value, _ = loss(algorithm, credited, part)
+        total = [t + g for t, g in zip(total, torch.autograd.grad(value, weights), strict=True)]
+    return total
+
+
+def tensors(stage: Stage) -> list[Tensor]:
+    """Copies of every tensor in a stage, in order."""
+    copies: list[Tensor] = []
+
+    def copy(tensor: Tensor) -> Tensor:
+        copies.append(tensor.clone())
+        return tensor
+
+    stage.map(copy)
+    return copies
+
+
+def same(a: Stage, b: Stage) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(tensors(a), tensors(b), strict=True))
+
+
+def test_the_algorithms_are_found():
+    """The walk is not empty."""
+    assert {"Reinforce", "Egspo"} <= {kind.__name__ for kind in algorithms()}
+
+
+@every_algorithm
+def test_an_algorithm_is_its_own_frozen_configuration(kind):
+    """Constructible from defaults, immutable, hashable, equal to its equals."""
+    algorithm = kind()
+    assert dataclasses.is_dataclass(algorithm)
+    assert kind() == algorithm and hash(kind()) == hash(algorithm)
+    assert dataclasses.fields(algorithm)
+    for field in dataclasses.fields(algorithm):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(algorithm, field.name, getattr(algorithm, field.name))
+    with pytest.raises(TypeError):
+        kind(*[getattr(algorithm, f.name) for f in dataclasses.fields(algorithm)])
+
+
+@every_algorithm
+def test_an_algorithm_names_its_source(kind):
+    """BibTeX that closes its braces; a module docstring with "Source:" and a year."""
+    entry = re.fullmatch(r"@\w+\{[\w-]+,\n(\s*\w+\s*=\s*\{.*\},?\n)+\}", kind.citation)
+    assert entry and kind.citation.count("{") == kind.citation.count("}")
+    assert {"title", "author", "year"} <= set(re.findall(r"(\w+)\s*=\s*\{", kind.citation))
+    source = inspect.getdoc(inspect.getmodule(kind)) or ""
+    assert re.search(r"Source: .*?(arXiv:\d{4}\.\d{4,5}|\b(19|20)\d\d\b)", source, re.DOTALL)
+    assert kind.__doc__ and not kind.__doc__.startswith(f"{kind.__name__}(")
+
+
+@every_algorithm
+def test_every_field_says_what_it_is(kind):
+    """A string under each field that the class itself declares."""
+    (tree,) = ast.parse(inspect.getsource(kind)).body
+    assert isinstance(tree, ast.ClassDef)
+    for node, following in zip(tree.body, [*tree.body[1:], None], strict=True):
+        if isinstance(node, ast.AnnAssign) and "ClassVar" not in ast.unparse(node.annotation):
+            documented = (
+                isinstance(following, ast.Expr)
+                and isinstance(following.value, ast.Constant)
+                and isinstance(following.value.value, str)
+            )
+            assert documented, ast.unparse(node.target)
+
+
+@every_algorithm
+def test_the_stages_have_their_shapes(kind):
+    """record -> select -> annotate -> credit -> loss on a tiny world; the numbers are finite."""
+    algorithm = kind()
+    algorithm.check(OLD.decoder, 3)
+    assert isinstance(algorithm.record, Record)
+    scored = score(algorithm)
+    assert scored.step.shape == scored.step_weight.shape
+    assert scored.step.dtype == torch.long
+    assert bool(((scored.step >= 0) & (scored.step < T)).all())
+    assert bool((scored.step_weight > 0).all())
+    assert all(note.shape[:2] == scored.step.shape for note in scored.notes.values())
+    credited = algorithm.credit(scored)
+    assert isinstance(credited, Credited)
+    assert credited.advantage.shape == credited.weight.shape == scored.step.shape
+    idle = credited.trajectory.revealed().gather(1, credited.step) == 0
+    assert bool((credited.weight[idle] == 0).all())
+    pairs = credited.pairs()
+    value, terms = loss(algorithm, credited, pairs)
+    assert terms.loss.shape == (len(pairs),)
+    assert value.requires_grad and bool(terms.loss.isfinite().all())
+    for name, metric in terms.metrics.items():
+        assert metric.shape == (len(pairs),), name
+        assert not metric.requires_grad and bool(metric.isfinite().all()), name
+
+
+@every_algorithm
+def test_credit_is_pure(kind):
+    """Twice the same result, the input unchanged, and no gradient anywhere in it."""
+    algorithm = kind()
+    scored = score(algorithm)
+    before = tensors(scored)
+    credited = algorithm.credit(scored)
+    assert same(algorithm.credit(scored), credited)
+    assert all(torch.equal(x, y) for x, y in zip(before, tensors(scored), strict=True))
+    assert not any(tensor.requires_grad for tensor in tensors(credited))
+
+
+@every_algorithm
+def test_credit_does_not_depend_on_the_order_of_the_samples(kind):
+    """Permuting the batch permutes the credit."""
+    algorithm = kind()
+    scored = score(algorithm)
+    order = torch.tensor([4, 0, 5, 2, 1, 3])
+    permuted, whole = algorithm.credit(scored.take(order)), algorithm.credit(scored)
+    torch.testing.assert_close(permuted.advantage, whole.advantage[order])
+    torch.testing.assert_close(permuted.weight, whole.weight[order])
+
+
+@every_algorithm
+def test_a_term_belongs_to_its_pair(kind):
+    """Permuting the pairs permutes loss and metrics."""
+    algorithm = kind()
+    credited = algorithm.credit(score(algorithm))
+    pairs = credited.pairs()
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))
+    _, terms = loss(algorithm, credited, pairs)
+    _, permuted = loss(algorithm, credited, pairs[order])
+    torch.testing.assert_close(permuted.loss, terms.loss[order])
+    assert set(permuted.metrics) == set(terms.metrics)
+    for name, metric in terms.metrics.items():
+        torch.testing.assert_close(permuted.metrics[name], metric[order])
+
+
+@every_algorithm
+def test_the_gradient_does_not_depend_on_the_micro_batches(kind):
+    """Any split of the pairs adds up to the same gradient, which is not zero."""
+    algorithm = kind()
+    credited = algorithm.credit(score(algorithm))
+    pairs = credited.pairs()
+    whole = gradient(algorithm, credited, pairs, len(pairs))
+    assert any(bool(g.abs().max() > 1e-6) for g in whole)
+    for size in (1, 5, 16):
+        for a, b in zip(gradient(algorithm, credited, pairs, size), whole, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@every_algorithm
+def test_the_loss_leaves_the_batch_alone(kind):
+    """No tensor of the micro-batch is written to, and only the new policy gets a gradient."""
+    algorithm = kind()
+    credited = algorithm.credit(score(algorithm))
+    before = tensors(credited)
+    value, _ = loss(algorithm, credited, credited.pairs())
+    assert isinstance(REF.denoiser, MlpDenoiser)
+    reference = torch.autograd.grad(value, list(REF.denoiser.parameters()), allow_unused=True)
+    assert all(g is None for g in reference)
+    assert all(torch.equal(x, y) for x, y in zip(before, tensors(credited), strict=True))
