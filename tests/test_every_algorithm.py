@@ -125,8 +125,8 @@ def test_an_algorithm_is_its_own_frozen_configuration(kind):
 @every_algorithm
 def test_an_algorithm_names_its_source(kind):
     """BibTeX that closes its braces; a module docstring with "Source:" and a year."""
-    entry = re.fullmatch(r"@\w+\{[\w-]+,\n(\s*\w+\s*=\s*\{.*\},?\n)+\}", kind.citation)
-    assert entry and kind.citation.count("{") == kind.citation.count("}")
+    assert re.match(r"@\w+\{[\w-]+,\n", kind.citation) and kind.citation.endswith("\n}")
+    assert kind.citation.count("{") == kind.citation.count("}")
     assert {"title", "author", "year"} <= set(re.findall(r"(\w+)\s*=\s*\{", kind.citation))
     source = inspect.getdoc(inspect.getmodule(kind)) or ""
     assert re.search(r"Source: .*?(arXiv:\d{4}\.\d{4,5}|\b(19|20)\d\d\b)", source, re.DOTALL)

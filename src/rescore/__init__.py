@@ -1,3 +1,76 @@
-"""RL fine-tuning of diffusion models, with gradients you can trust."""
+"""RL fine-tuning of diffusion models, with gradients you can trust.
+
+The public names, in the order in which data flows. They are imported on first use, because torch
+takes a second to import and ``rescore --help`` should not.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rescore.algorithms.base import Algorithm as Algorithm
+    from rescore.algorithms.egspo import Egspo as Egspo
+    from rescore.algorithms.reinforce import Reinforce as Reinforce
+    from rescore.models.denoiser import Denoiser as Denoiser
+    from rescore.models.finetune import Lora as Lora
+    from rescore.models.transformer import Transformer as Transformer
+    from rescore.models.transformer import TransformerConfig as TransformerConfig
+    from rescore.rewards.reward import Reward as Reward
+    from rescore.sampling.decoder import Decoder as Decoder
+    from rescore.sampling.policy import MaskedPolicy as MaskedPolicy
+    from rescore.sampling.policy import Models as Models
+    from rescore.sampling.record import Record as Record
+    from rescore.sampling.record import Score as Score
+    from rescore.sampling.rng import SampleRng as SampleRng
+    from rescore.tasks.sudoku import Sudoku as Sudoku
+    from rescore.tasks.task import Task as Task
+    from rescore.training.base import Base as Base
+    from rescore.training.optim import Optim as Optim
+    from rescore.training.pretrain import Pretrain as Pretrain
+    from rescore.training.run import Evaluate as Evaluate
+    from rescore.training.run import Run as Run
+    from rescore.types import Actions as Actions
+    from rescore.types import Credited as Credited
+    from rescore.types import MaskedTrajectory as MaskedTrajectory
+    from rescore.types import Prompts as Prompts
+    from rescore.types import Scored as Scored
+    from rescore.types import Selected as Selected
+    from rescore.types import Terms as Terms
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "types": "Prompts MaskedTrajectory Selected Scored Credited Actions Terms",
+    "models.denoiser": "Denoiser",
+    "models.transformer": "Transformer TransformerConfig",
+    "models.finetune": "Lora",
+    "rewards.reward": "Reward",
+    "tasks.task": "Task",
+    "tasks.sudoku": "Sudoku",
+    "sampling.decoder": "Decoder",
+    "sampling.record": "Record Score",
+    "sampling.rng": "SampleRng",
+    "sampling.policy": "MaskedPolicy Models",
+    "algorithms.base": "Algorithm",
+    "algorithms.reinforce": "Reinforce",
+    "algorithms.egspo": "Egspo",
+    "training.base": "Base",
+    "training.pretrain": "Pretrain",
+    "training.optim": "Optim",
+    "training.run": "Run Evaluate",
+}
+_MODULE = {name: module for module, names in _HOME.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use."""
+    if name not in _MODULE:
+        raise AttributeError(f"module 'rescore' has no attribute '{name}'")
+    return getattr(import_module(f"rescore.{_MODULE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, and what a module has anyway."""
+    return sorted({*globals(), *_MODULE})

@@ -1,86 +1,29 @@
-"""The command line: ``rescore COMMAND ...``; see ``rescore --help``."""
+"""The command line: ``rescore COMMAND ...``; see ``rescore --help``.
+
+Modules that need torch are imported inside the commands, because torch takes a second to import and
+a mistyped command should not.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import importlib
-import importlib.util
 import inspect
-import pkgutil
+import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-if TYPE_CHECKING:  # torch takes over a second to import; --help and list do without
+from rescore.training.recipes import FILE_MODULE, recipes, run_of, unknown
+
+if TYPE_CHECKING:
     from rescore.training.run import Run
 
-Recipe = Callable[[], Any]
-
-
-class UserError(ValueError):
-    """What the user asked for cannot be done; the message says why and what to do."""
-
-
-# Recipes ----------------------------------------------------------------------------------------
-
-
-def recipes() -> dict[str, Recipe]:
-    """Every recipe of the installed packages: public functions without arguments, by name."""
-    found: dict[str, Recipe] = {}
-    for entry in entry_points(group="rescore.recipes"):
-        found |= recipes_in(entry.load())
-    return found
-
-
-def recipes_in(module: ModuleType) -> dict[str, Recipe]:
-    """The public functions that a module defines and that take no arguments."""
-    return {
-        name: function
-        for name, function in inspect.getmembers(module, inspect.isfunction)
-        if function.__module__ == module.__name__
-        and not name.startswith("_")
-        and not inspect.signature(function).parameters
-    }
-
-
-def find_recipe(name: str) -> Recipe:
-    """A recipe by name, or ``FILE.py`` (its only recipe) or ``FILE.py:function``.
-
-    Raises:
-        UserError: there is none; suggests the closest name.
-    """
-    path, _, function = name.partition(":")
-    if path.endswith(".py"):
-        known = recipes_in(_module(Path(path)))
-        if not function and len(known) == 1:
-            return next(iter(known.values()))
-        name = function or "recipe"
-    else:
-        known = recipes()
-    if name not in known:
-        raise UserError(_unknown("recipe", name, known))
-    return known[name]
-
-
-def _module(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise UserError(f"{path} is not a file; give the path of a Python file with a recipe")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-# Commands ---------------------------------------------------------------------------------------
+Command = Callable[[Sequence[str]], None]
 
 
 @dataclass(kw_only=True)
@@ -88,118 +31,79 @@ class Where:
     """Where a run is written."""
 
     out: Path | None = None
-    """Run directory; default runs/RECIPE-seedN-TIME."""
     resume: Path | None = None
-    """Continue the run in this directory; of its options only --steps may change."""
-
-
-TRAIN_HELP = """Train a recipe, evaluate it on the test split and write a report.
-
---out DIR      run directory; default runs/RECIPE-seedN-TIME
---resume DIR   continue the run in DIR; of its options only --steps may change"""
 
 
 def train(arguments: Sequence[str]) -> None:
-    """rescore train RECIPE|FILE.py [--out DIR] [--resume DIR] [overrides]"""
-    from rescore.training.directory import Origin, read_run
+    """Train a recipe, evaluate it on the test split and write a report.
+
+    --out DIR      run directory; default runs/RECIPE-seedN-TIME
+    --resume DIR   continue the run in DIR with its recipe and options; --steps may grow
+    """
+    from rescore.training.directory import Origin
+    from rescore.training.loop import Interrupted
     from rescore.training.session import start
 
-    name, rest = _recipe_name(arguments)
-    where, overrides = tyro.cli(Where, args=rest, return_unknown_args=True, add_help=False)
-    if name is None and where.resume:  # the directory knows the recipe and its options
-        stored = read_run(where.resume)
-        name = _stored_recipe(where.resume, stored)
-        overrides = [*stored["arguments"], *overrides]
-    if where.out and where.resume:
-        raise UserError("--resume continues in its own directory; leave --out away")
-    run = _parse("train", name, overrides, TRAIN_HELP)
-    assert name is not None
+    where, rest = tyro.cli(Where, args=arguments, return_unknown_args=True, add_help=False)
+    recipe, overrides = _leading(rest)
+    if where.resume:
+        if where.out:
+            raise ValueError("--resume continues in its own directory; leave --out away")
+        stored, copy, options = _stored(where.resume)
+        if recipe not in (None, stored):
+            raise ValueError(f"{where.resume} is a run of '{stored}', not of '{recipe}'")
+        recipe, source, overrides = stored, copy, [*options, *overrides]
+    else:
+        recipe = source = _needed(recipe, "train RECIPE|FILE.py", train, overrides)
+        if not where.out and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError("several processes must agree on a directory; name it with --out DIR")
+    run = _overridden(source, train, overrides)
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    new = Path("runs") / f"{Path(name.partition(':')[0]).stem}-seed{run.seed}-{stamp}"
+    new = Path("runs") / f"{Path(recipe.partition(':')[0]).stem}-seed{run.seed}-{stamp}"
     out = where.resume or where.out or new
-    origin = Origin(recipe=name, arguments=tuple(overrides))
-    print(f"report: {start(run, origin, out, resume=where.resume is not None)}")
+    origin = Origin(recipe=recipe, arguments=tuple(overrides))
+    try:
+        written = start(run, origin, out, resume=where.resume is not None)
+    except Interrupted as stop:
+        print(f"\nstopped, {stop}; rescore train --resume {out} continues", file=sys.stderr)
+        sys.exit(130)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"report: {written}")
 
 
 def pretrain(arguments: Sequence[str]) -> None:
-    """rescore pretrain RECIPE|FILE.py [overrides]"""
+    """Train the base model of a recipe and keep it in the cache."""
     from rescore.training.directory import default_cache
 
-    name, rest = _recipe_name(arguments)
-    run = _parse("pretrain", name, rest, "Train the base of a recipe and keep it in the cache.")
+    name, rest = _leading(arguments)
+    recipe = _needed(name, "pretrain RECIPE|FILE.py", pretrain, rest)
+    run = _overridden(recipe, pretrain, rest)
     run.check()
-    module = run.base.build(
-        run.task, seed=run.seed, cache=default_cache(), device=run.device, note=print
-    )
+    cache = default_cache()
+    module = run.base.build(run.task, seed=run.seed, cache=cache, device=run.device, note=print)
     size = sum(p.numel() for p in module.parameters())
-    print(f"base of {name}: {size:,} parameters, kept in {default_cache()}")
-
-
-@dataclass(kw_only=True)
-class Evaluate:
-    """Evaluate the best checkpoint of a run."""
-
-    directory: tyro.conf.Positional[Path]
-    """Run directory."""
-    split: str = "test"
-    """train, validation or test."""
-    n: int = 512
-    """Prompts, one sample each."""
-    steps: int | None = None
-    """Decode in another number of steps than the run did."""
-    order: str | None = None
-    """Decode in another order than the run did."""
-    temperature: float | None = None
-    """Sample at another temperature; 0 takes the most probable tokens."""
+    print(f"base of {recipe}: {size:,} parameters, kept in {cache}")
 
 
 def evaluate(arguments: Sequence[str]) -> None:
-    """rescore eval RUN [--split test] [--n 512] [--steps K] [--order O] [--temperature T]"""
-    from rescore.training.session import evaluate_run, result_line
+    """Evaluate the best checkpoint of a run, by default as the run itself does."""
+    from rescore.training.session import Evaluation, evaluate_run, result_line
 
-    options = tyro.cli(Evaluate, args=list(arguments), prog="rescore eval")
-    changes = {name: getattr(options, name) for name in ("steps", "order", "temperature")}
-    run = _stored_run(options.directory)
-    for row in evaluate_run(run, options.directory, options.split, options.n, _given(changes)):
-        print(result_line(row))
-
-
-@dataclass(kw_only=True)
-class Sample:
-    """Print samples of the best checkpoint of a run."""
-
-    directory: tyro.conf.Positional[Path]
-    """Run directory."""
-    prompts: tuple[str, ...] = ()
-    """Prompts as text, such as 16-character Sudokus; default: prompts of the test split."""
-    n: int = 2
-    """How many test prompts, if none are given."""
-    seed: int = 0
-    """Of the noise."""
-    steps: int | None = None
-    """Decode in another number of steps than the run did."""
-    order: str | None = None
-    """Decode in another order than the run did."""
-    temperature: float | None = None
-    """Sample at another temperature; 0 takes the most probable tokens."""
+    directory, run, options = _revisit(Evaluation, "eval", evaluate, arguments)
+    print(result_line(evaluate_run(run, directory, options)))
 
 
 def sample(arguments: Sequence[str]) -> None:
-    """rescore sample RUN [--prompts TEXT ...] [--n 2] [--seed 0] [--steps K]"""
-    from rescore.training.session import sample_run
+    """Print samples of the best checkpoint of a run: prompt, reward terms, output."""
+    from rescore.training.session import Sampling, sample_run
 
-    options = tyro.cli(Sample, args=list(arguments), prog="rescore sample")
-    changes = {name: getattr(options, name) for name in ("steps", "order", "temperature")}
-    run = _stored_run(options.directory)
-    texts = sample_run(
-        run, options.directory, options.prompts, options.n, options.seed, _given(changes)
-    )
-    print("\n\n".join(texts))
+    directory, run, options = _revisit(Sampling, "sample", sample, arguments)
+    print("\n\n".join(sample_run(run, directory, options)))
 
 
 @dataclass(kw_only=True)
 class Verify:
-    """Compare every algorithm's expected gradient with the exact one, by enumeration."""
+    """Compare the expected gradient of every algorithm with the exact one, by enumeration."""
 
     algorithms: tyro.conf.Positional[tuple[str, ...]] = ()
     """Names of algorithms; all if none is given."""
@@ -208,46 +112,48 @@ class Verify:
 
 
 def verify(arguments: Sequence[str]) -> None:
-    """rescore verify [ALGORITHM ...] [--json FILE]"""
+    """Compare the expected gradient of every algorithm with the exact one, by enumeration."""
+    options = tyro.cli(Verify, args=arguments, prog="rescore verify")
     from rescore.proof.verify import print_rows
     from rescore.proof.verify import verify as verify_rows
-    from rescore.training.checkpoint import write_json
 
-    options = tyro.cli(Verify, args=list(arguments), prog="rescore verify")
-    unknown = [name for name in options.algorithms if name not in algorithms()]
-    if unknown:
-        raise UserError(_unknown("algorithm", unknown[0], algorithms()))
     rows = verify_rows(options.algorithms or None)
     print_rows(rows)
-    if options.json:
-        write_json(options.json, [dataclasses.asdict(row) for row in rows])
+    _write_rows(options.json, rows)
     if not all(row.ok for row in rows):
         sys.exit(1)
 
 
 @dataclass(kw_only=True)
 class Bench:
-    """Measure where an RL step spends its time, against the bare network calls."""
+    """Measure where an RL step spends its time, beside the bare network calls."""
 
     recipes: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Names of recipes; every recipe that runs on a CPU if none is given."""
+    """Names of recipes; every installed one if none is given."""
     json: Path | None = None
     """Also write the rows to this file."""
     repeats: int = 7
     """RL steps measured, each beside a bare one; the figures are medians."""
+    seed: int | None = None
+    """Instead of the recipe's."""
+    device: str | None = None
+    """Instead of the recipe's."""
+    precision: Literal["float32", "float64", "bfloat16"] | None = None
+    """Instead of the recipe's."""
 
 
 def bench(arguments: Sequence[str]) -> None:
-    """rescore bench [RECIPE ...] [--json FILE]"""
+    """Measure where an RL step spends its time, beside the bare network calls."""
+    options = tyro.cli(Bench, args=arguments, prog="rescore bench")
     from rescore.training.bench import measure, print_rows
-    from rescore.training.checkpoint import write_json
 
-    options = tyro.cli(Bench, args=list(arguments), prog="rescore bench")
-    runs = {name: find_recipe(name)() for name in options.recipes or sorted(recipes())}
+    changes = {name: getattr(options, name) for name in ("seed", "device", "precision")}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    names = options.recipes or sorted(recipes())
+    runs = {name: dataclasses.replace(run_of(name), **changes) for name in names}
     rows = [measure(name, run, repeats=options.repeats) for name, run in runs.items()]
     print_rows(rows)
-    if options.json:
-        write_json(options.json, [dataclasses.asdict(row) for row in rows])
+    _write_rows(options.json, rows)
 
 
 @dataclass(kw_only=True)
@@ -261,31 +167,49 @@ class Report:
 
 
 def report(arguments: Sequence[str]) -> None:
-    """rescore report RUN [--out FILE]"""
+    """Write the report of a run again."""
+    options = tyro.cli(Report, args=arguments, prog="rescore report")
     from rescore.evaluation.report import build_report
 
-    options = tyro.cli(Report, args=list(arguments), prog="rescore report")
     print(build_report(options.directory, options.out))
 
 
+@dataclass(kw_only=True)
+class List:
+    """List the recipes and the algorithms there are."""
+
+
 def list_everything(arguments: Sequence[str]) -> None:
-    """rescore list"""
+    """List the recipes and the algorithms there are."""
+    tyro.cli(List, args=arguments, prog="rescore list")
+    from rescore.algorithms import algorithms
+
     for title, items in (("Recipes", recipes()), ("Algorithms", algorithms())):
         print(f"{title}:")
         for name, item in sorted(items.items()):
-            print(f"  {name:24}{(inspect.getdoc(item) or '').splitlines()[0]}")
+            print(f"  {name:24}{_headline(item)}")
+
+
+@dataclass(kw_only=True)
+class Cite:
+    """Print the BibTeX entry of the source of an algorithm."""
+
+    algorithm: tyro.conf.Positional[str]
+    """Its name; see ``rescore list``."""
 
 
 def cite(arguments: Sequence[str]) -> None:
-    """rescore cite ALGORITHM"""
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        raise UserError(f"rescore cite takes one algorithm; there are {', '.join(algorithms())}")
-    if arguments[0] not in algorithms():
-        raise UserError(_unknown("algorithm", arguments[0], algorithms()))
-    print(algorithms()[arguments[0]].citation)
+    """Print the BibTeX entry of the source of an algorithm."""
+    name = tyro.cli(Cite, args=arguments, prog="rescore cite").algorithm
+    from rescore.algorithms import algorithms
+
+    known = algorithms()
+    if name not in known:
+        raise unknown("algorithm", name, known)
+    print(known[name].citation)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+COMMANDS: dict[str, Command] = {
     "pretrain": pretrain,
     "train": train,
     "eval": evaluate,
@@ -299,13 +223,13 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: exit 0, 2 for the user's mistakes, 130 when stopped by Ctrl-C."""
+    """Entry point. Exit codes: 1 a claim fails, 2 the user's mistake, 130 stopped by Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: rescore COMMAND ...\n\nRL fine-tuning of diffusion models.\n\ncommands:")
-        print("\n".join(f"  {inspect.getdoc(command)}" for command in COMMANDS.values()))
-        print("\nrescore COMMAND --help lists the options; --seed, --device and --precision are")
-        print("among those of every command that runs a recipe.")
+        print("\n".join(f"  {name:10}{_headline(item)}" for name, item in COMMANDS.items()))
+        print("\nrescore COMMAND --help lists the options. --seed, --device and --precision are")
+        print("among those of every command that runs a model.")
         return
     if arguments[0] == "--version":
         from rescore import __version__
@@ -314,93 +238,102 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     try:
         if arguments[0] not in COMMANDS:
-            raise UserError(_unknown("command", arguments[0], COMMANDS))
+            raise unknown("command", arguments[0], COMMANDS)
         COMMANDS[arguments[0]](arguments[1:])
     except BrokenPipeError:  # the reader, such as head, has seen enough
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        print("\nstopped at once; resume from the last checkpoint with --resume", file=sys.stderr)
+        print("\nstopped at once", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        sys.exit(_explain(error))
-
-
-def _explain(error: Exception) -> int:
-    """Print the message of an expected error and return its exit code; raise any other again."""
-    from rescore.rewards.reward import RewardError
-    from rescore.training.loop import Interrupted
-    from rescore.training.optim import TrainingError
-
-    if isinstance(error, Interrupted):
-        print(f"\nstopped; {error}", file=sys.stderr)
-        return 130
-    if isinstance(error, ValueError | RewardError | TrainingError | OSError):
+        if not _expected(error):
+            raise
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    raise error
+        sys.exit(2)
 
 
-# Arguments --------------------------------------------------------------------------------------
+def _expected(error: Exception) -> bool:
+    """True for what the disk refuses and for a ``raise`` of ours or of a recipe file: no bug."""
+    if isinstance(error, OSError):
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None or not isinstance(error, ValueError | RuntimeError):
+        return False
+    line = inspect.getframeinfo(trace).code_context or [""]
+    ours = trace.tb_frame.f_globals["__name__"].startswith(("rescore", FILE_MODULE))
+    return ours and line[0].lstrip().startswith("raise")
 
 
-def algorithms() -> dict[str, Any]:
-    """Every algorithm by the name of its module."""
-    from rescore.algorithms import base
-
-    found = {}
-    for module in pkgutil.iter_modules([str(Path(base.__file__).parent)]):
-        content = importlib.import_module(f"rescore.algorithms.{module.name}")
-        for _, item in inspect.getmembers(content, inspect.isclass):
-            if item.__module__ == content.__name__ and issubclass(item, base.Algorithm):
-                if not inspect.isabstract(item):
-                    found[module.name] = item
-    return found
+def _headline(item: object) -> str:
+    return (inspect.getdoc(item) or "").partition("\n")[0]
 
 
-def _recipe_name(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The leading name of a recipe, if there is one, and the options after it."""
+def _leading(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The leading name, if there is one, and the options after it."""
     if arguments and not arguments[0].startswith("-"):
         return arguments[0], list(arguments[1:])
     return None, list(arguments)
 
 
-def _parse(verb: str, name: str | None, overrides: Sequence[str], description: str) -> Run:
-    """The run of a recipe with its fields overridden by options."""
-    if name is None and {"-h", "--help"} & set(overrides):
-        print(f"usage: rescore {verb} RECIPE|FILE.py [overrides]\n\n{description}\n")
-        print(f"rescore {verb} RECIPE --help shows the fields of a recipe; rescore list the recipes.")
-        sys.exit(0)
-    if name is None:
-        raise UserError(f"usage: rescore {verb} RECIPE|FILE.py [overrides]; see rescore list")
-    run = find_recipe(name)()
+def _needed(name: str | None, usage: str, command: Command, rest: Sequence[str]) -> str:
+    """The leading name; the list of options depends on it, so --help alone explains the command."""
+    if name is not None:
+        return name
+    usage = f"usage: rescore {usage} [options]"
+    if not {"-h", "--help"} & set(rest):
+        raise ValueError(f"the first argument is missing; {usage}")
+    name = usage.split()[3]
+    print(f"{usage}\n\n{inspect.getdoc(command)}\n\nWith {name}, --help lists all options.")
+    sys.exit(0)
+
+
+def _overridden(recipe: str, command: Command, options: Sequence[str]) -> Run:
+    """The run of a recipe with fields changed by options; the classes of its parts stay."""
+    run = run_of(recipe)
     return tyro.cli(
         type(run),
         default=run,
-        args=list(overrides),
-        prog=f"rescore {verb} {name}",
-        description=description,
+        args=options,
+        prog=f"rescore {command.__name__} {recipe}",
+        description=inspect.getdoc(command),
+        config=(tyro.conf.AvoidSubcommands,),
     )
 
 
-def _given(changes: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in changes.items() if value is not None}
-
-
-def _unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
-    hint = f"did you mean '{close[0]}'? " if close else ""
-    return f"unknown {kind} '{name}'; {hint}There are: {', '.join(sorted(known))}"
-
-
-def _stored_run(directory: Path) -> Run:
-    """The run of a run directory, built again from its recipe and options."""
+def _stored(directory: Path) -> tuple[str, str, list[str]]:
+    """Recipe of a run directory, where to find it now (the copy, if it was a file), and options."""
     from rescore.training.directory import read_run
 
     stored = read_run(directory)
-    return _parse("train", _stored_recipe(directory, stored), stored["arguments"], TRAIN_HELP)
-
-
-def _stored_recipe(directory: Path, stored: dict[str, Any]) -> str:
-    """The recipe of a run: its name, or the copy of its file in the run directory."""
     path, colon, function = stored["recipe"].partition(":")
-    return f"{directory / 'recipe.py'}{colon}{function}" if path.endswith(".py") else path
+    source = f"{directory / 'recipe.py'}{colon}{function}" if path.endswith(".py") else path
+    return stored["recipe"], source, stored["arguments"]
+
+
+def _revisit(
+    kind: type[Any], name: str, command: Command, arguments: Sequence[str]
+) -> tuple[Path, Run, Any]:
+    """A run directory, its run, and how to use it: as the run did, but for what options change."""
+    leading, rest = _leading(arguments)
+    directory = Path(_needed(leading, f"{name} RUN", command, rest))
+    _, source, options = _stored(directory)
+    run = _overridden(source, train, options)
+    default = kind(decoder=run.decoder, seed=run.seed, device=run.device, precision=run.precision)
+    chosen = tyro.cli(
+        kind,
+        default=default,
+        args=rest,
+        prog=f"rescore {name} {directory}",
+        description=inspect.getdoc(command),
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    return directory, run, chosen
+
+
+def _write_rows(path: Path | None, rows: Sequence[Any]) -> None:
+    from rescore.training.checkpoint import write_json
+
+    if path is not None:
+        write_json(path, [dataclasses.asdict(row) for row in rows])

@@ -199,6 +199,7 @@ def test_page_shows_how_to_reproduce_the_run(tmp_path, unplotted):
         "python 3.11.2 device cpu threads 1",
     ):
         assert shown in text
+    assert text.count("rescore.training.run.Run") == 1
 
 
 def test_page_needs_nothing_from_outside(tmp_path, files):
@@ -504,6 +505,13 @@ def test_values_that_cannot_be_drawn_are_counted(files):
     assert "non-finite values not drawn: 1" in panels["ratio"].note
     assert "not drawn" not in panels["gradient_norm"].note
     assert len(max(polylines(panels["gradient_norm"].svg, TRAINING), key=len)) == 2
+
+
+def test_a_step_without_a_time_is_not_drawn_against_seconds(files):
+    """Three steps, two of them timed: three points, and two."""
+    files["metrics.jsonl"][1]["time/elapsed_s"] = None
+    panels = plots.learning_panels(files["metrics.jsonl"], [])
+    assert [len(max(polylines(panel.svg, TRAINING), key=len)) for panel in panels] == [3, 2]
 
 
 def test_running_mean_by_hand():

@@ -35,6 +35,7 @@ def test_it_is_a_denoiser_of_v_columns_whose_mask_is_v(embedding):
     model = build(embedding)
     assert isinstance(model, Denoiser)
     assert (model.vocab_size, model.mask_id) == (V, V)
+    assert model.token.weight.shape[0] == V + 1
     assert model.predict(torch.full((B, L), V)).shape == (B, L, V)
 
 
@@ -81,6 +82,20 @@ def test_rows_asked_for_are_the_rows_of_the_full_prediction(embedding):
     positions = torch.tensor([[6, 0, 3, 3], [1, 2, 5, 4], [0, 6, 0, 1]])
     expected = model.predict(x_t)[torch.arange(B)[:, None], positions]
     torch.testing.assert_close(model.predict(x_t, positions=positions), expected)
+
+
+@pytest.mark.parametrize("embedding", EMBEDDINGS)
+def test_a_block_adds_to_what_it_reads(embedding):
+    """With both output projections at zero every block is the identity: logits skip them."""
+    model, x_t = build(embedding), canvas()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".out." in name or ".down." in name:
+                parameter.zero_()
+    h = model.token(x_t)
+    if embedding == "learned":
+        h = h + model.position.weight
+    assert torch.equal(model.predict(x_t), model.head(model.norm(h)))
 
 
 def test_only_rows_asked_for_go_through_norm_and_head():

@@ -258,6 +258,9 @@ def low_confidence_score(
 
 LOGITS = {
     "generic": normal(3, 3, seed=5),
+    "tempering reorders rows": torch.tensor(
+        [[0.0, 0.01, -9.0], [0.6, 0.0, 0.02], [0.3, -0.4, 0.5]], dtype=torch.float64
+    ),
     "identical": torch.zeros(3, 3, dtype=torch.float64),
     "same law in every row": normal(1, 3, seed=6).expand(3, -1),
     "two rows tied": normal(3, 3, seed=7)[torch.tensor([0, 1, 0])],

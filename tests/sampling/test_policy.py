@@ -60,13 +60,23 @@ def draw(policy: MaskedPolicy, score: Score) -> MaskedTrajectory:
 @every_form
 @every_blocks
 def test_a_replay_of_the_same_shape_is_bitwise_the_record(order, form, blocks):
-    """transition(step k of every path) = the recorded column k, exactly."""
+    """transition(step k of every path) = the recorded column k, exactly, for two tokens a step."""
     policy, score = policy_of(order, blocks), Score(form=form)
     trajectory = draw(policy, score)
     for k in range(T):
         replay = policy.transition(trajectory, torch.full((4,), k), score)
         assert torch.equal(replay.log_prob, trajectory.log_prob[:, k])
         assert torch.equal(replay.revealed.sum(1), trajectory.revealed()[:, k])
+
+
+@every_form
+@pytest.mark.parametrize("order", ["random", "left_to_right"])
+def test_rows_are_summed_in_the_order_of_the_record(order, form):
+    """Seven tokens in one step: bitwise still, where the sampler asked for the revealed rows only."""
+    policy, score = policy_of(order, steps=1), Score(form=form)
+    trajectory = draw(policy, score)
+    replay = policy.transition(trajectory, torch.zeros(4, dtype=torch.long), score)
+    assert torch.equal(replay.log_prob, trajectory.log_prob[:, 0])
 
 
 @every_order

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -61,6 +62,9 @@ class Repeat(Task):
         return torch.arange(V)[:, None].expand(V, L).repeat(self.copies, 1)
 
     def gold(self, prompts: Prompts) -> Int[Tensor, "B L"]:
+        raise NotImplementedError
+
+    def read(self, texts: Sequence[str]) -> Prompts:
         raise NotImplementedError
 
     def show(self, tokens: Int[Tensor, " L"]) -> str:
@@ -244,6 +248,33 @@ def test_a_damaged_base_is_refused_with_its_folder_named(tmp_path, damage):
     damage(folder / "base.safetensors")
     with pytest.raises(ValueError, match=f"{folder} is damaged .* delete that folder"):
         cached_base(SHORT, Repeat(), tmp_path)
+
+
+def test_build_trains_or_loads_the_base_of_the_given_seed(tmp_path):
+    """The seed of the run replaces the one in the configuration; the second call loads."""
+    lines, silence = [], []
+    task, device = Repeat(), "cpu"
+    model = SHORT.build(task, seed=5, cache=tmp_path, device=device, note=lines.append)
+    again = SHORT.build(task, seed=5, cache=tmp_path, device=device, note=silence.append)
+    assert equal(model, pretrain(dataclasses.replace(SHORT, seed=5), Repeat()))
+    assert equal(model, again)
+    assert [line.split(":")[0] for line in lines] == [f"pre-training step {k}" for k in (0, 4, 6)]
+    assert silence == []
+
+
+def test_continued_trains_a_copy_for_longer_the_more_time_it_gets():
+    """The base stays as it was; a budget of CPU-seconds buys steps."""
+    base = pretrain(SHORT, Repeat())
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    last_step = []
+    for cpu_s in (0.0, 0.3):
+        lines = []
+        further = SHORT.continued(base, Repeat(), seed=0, cpu_s=cpu_s, note=lines.append)
+        last_step.append(int(lines[-1].split(":")[0].rpartition(" ")[2]))
+        assert not equal(base, further)
+    assert last_step[0] == 1
+    assert last_step[1] > 3
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
 
 
 def test_an_interrupted_training_leaves_nothing_behind(tmp_path):

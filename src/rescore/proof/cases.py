@@ -104,12 +104,12 @@ def exact_score(order: Order) -> Score:
 
 
 def chooses(world: World) -> bool:
-    """True if some step leaves candidates unrevealed; else the positions it draws change nothing."""
+    """True if some step leaves candidates unrevealed; else which it draws changes nothing."""
     return world.steps > world.blocks
 
 
 def reinforce() -> Iterator[Case]:
-    """Exact on every world, with every order, if the score is; biased if it leaves something out."""
+    """Exact on every world, in every order, if the score is; biased if it leaves a part out."""
     for world, order, temperature in itertools.product(WORLDS, ORDERS, (1.0, 0.7)):
         case = partial(Case, world=world, order=order, temperature=temperature)
         for baseline, factor in BASELINES.items():
@@ -138,7 +138,7 @@ def egspo() -> Iterator[Case]:
         yield case(algorithm=replace(default, baseline="leave_one_out"))
         yield case(algorithm=replace(default, clip_low=0.1))
         yield case(algorithm=replace(default, clip_high=0.3))
-        yield case(algorithm=replace(default, beta=0), beta=0)
+        yield case(algorithm=replace(default, beta=0.0), beta=0.0)
         yield case(algorithm=replace(default, kl="k1"))
         yield case(algorithm=replace(default, kl="k2"))
         yield case(algorithm=replace(default, kl="exact"))
@@ -149,13 +149,13 @@ def egspo() -> Iterator[Case]:
     for world, order in itertools.product(WORLDS, ORDERS):
         case = partial(Case, world=world, order=order, temperature=0.7)
         for n_steps, baseline in itertools.product(range(1, world.steps + 1), BASELINES):
-            top = Egspo(n_steps=n_steps, baseline=baseline, beta=0, score=exact_score(order))
+            top = Egspo(n_steps=n_steps, baseline=baseline, beta=0.0, score=exact_score(order))
             factor = BASELINES[baseline]
             yield case(algorithm=top, factor=factor if n_steps == world.steps else None)
             if n_steps == 1 or (n_steps == 2 and (world in TWO_STEPS or order in FEW_PATHS)):
                 yield case(algorithm=replace(top, selection="importance"), factor=factor)
         if order in DRAWN and chooses(world):
-            drawn = Egspo(n_steps=1, selection="importance", baseline="leave_one_out", beta=0)
+            drawn = Egspo(n_steps=1, selection="importance", baseline="leave_one_out", beta=0.0)
             yield case(algorithm=drawn, factor=None)
 
     for world, kl in itertools.product(WORLDS, KL):

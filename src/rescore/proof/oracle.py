@@ -1,9 +1,9 @@
-"""Exact gradients and exact expectations of estimators, by enumeration of the code that really runs.
+"""Exact gradients and exact expectations of estimators, by enumeration of the code that trains.
 
-The sampler and the algorithms draw through the ``Rng`` protocol. ``EnumeratingRng`` implements it so
-that row b of a batch takes outcome number b; running the real sampler once on a batch of all outcomes
-gives every path with its exact, differentiable probability. No formula of an algorithm and no
-log-probability of a step is repeated here.
+The sampler and the algorithms draw through the ``Rng`` protocol. ``EnumeratingRng`` implements it
+so that row b of a batch takes outcome number b; running the real sampler once on a batch of all
+outcomes gives every path with its exact, differentiable probability. No formula of an algorithm and
+no log-probability of a step is repeated here.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ CHUNK = 2**15
 class EnumeratingRng:
     """Draws that are given: row b takes outcome ``outcome[b]``, read as digits, one per call.
 
-    A categorical call of R rows over V tokens is a digit of radix V^R; an ordered draw of n out of m is
-    one of radix m! / (m - n)!. The radices must be the same for all rows of the batch.
+    A categorical call of R rows over V tokens is a digit of radix V^R; an ordered draw of n out of
+    m is one of radix m! / (m - n)!. The radices must be the same for all rows of the batch.
     """
 
     def __init__(self, outcome: Int[Tensor, " B"]) -> None:
@@ -86,12 +86,10 @@ class Paths(NamedTuple):
     """Under the sampler that ran, with its graph."""
 
 
-def enumerate_paths(
-    denoiser: Tabled, decoder: Decoder, world: World, record: Record = Record()
-) -> Paths:
+def enumerate_paths(denoiser: Tabled, decoder: Decoder, world: World, record: Record) -> Paths:
     """Run ``sample_masked`` on all outcomes; outcomes that give the same path are added up.
 
-    Several do where the sampler draws more than it keeps: the losing proposals of ``low_confidence``.
+    Several do where the sampler draws more than it keeps: ``low_confidence`` drops proposals.
     """
     dry = EnumeratingRng(torch.zeros(1, dtype=torch.long))
     with torch.no_grad():
@@ -117,12 +115,12 @@ def exact_gradient(world: World, decoder: Decoder, beta: float = 0.0) -> Float[T
     For max_prob and low_confidence it is the almost-everywhere one.
     """
     denoiser = Tabled.of(world.denoiser(POLICY_SEED), world.canvases())
-    paths = enumerate_paths(denoiser, decoder, world)
+    paths = enumerate_paths(denoiser, decoder, world, Record())
     value = world.reward(paths.trajectory.x_0)
     if beta:
         with torch.no_grad():
             reference = Tabled.of(world.denoiser(REFERENCE_SEED), world.canvases())
-        theirs = enumerate_paths(reference, decoder, world)
+        theirs = enumerate_paths(reference, decoder, world, Record())
         assert torch.equal(paths.trajectory.rank, theirs.trajectory.rank), "laws on other paths"
         value = value - beta * (paths.probability / theirs.probability.detach()).log()
     gradient = denoiser.gradient((paths.probability * value).sum())
@@ -141,9 +139,9 @@ class Estimate:
 
 
 class Groups:
-    """All that an algorithm may meet: every path, with every selection of steps it may draw from it.
+    """All that an algorithm may meet: items (a path and a selection of its steps), and any two.
 
-    ``select`` and ``annotate`` work sample by sample, so they run once per item rather than per group.
+    ``select`` and ``annotate`` work sample by sample, so they run once per item, not per group.
     """
 
     def __init__(self, algorithm: Algorithm, world: World, decoder: Decoder) -> None:
@@ -175,8 +173,8 @@ class Groups:
     ) -> tuple[Float[Tensor, "M D"], Float[Tensor, " M"]]:
         """The gradient that each group, alone in a batch, would step along, and its forwards.
 
-        All groups form one batch for ``credit``, which divides by the batch; that is undone. ``loss``
-        sees actions, not the batch, so equal actions are put to it once.
+        All groups form one batch for ``credit``, which divides by the batch; that is undone.
+        ``loss`` sees actions, not the batch, so equal actions are put to it once.
         """
         n_groups = len(members)
         group = torch.arange(n_groups).repeat_interleave(GROUP_SIZE)
@@ -191,7 +189,9 @@ class Groups:
         for values in (credited.advantage, *credited.notes.values()):
             distinct, number = values.unique(return_inverse=True)
             name = name * len(distinct) + number
-        place = (weight.flatten() != 0).nonzero()[:, 0]
+        trained = weight.flatten() != 0
+        trained[0] = True  # never nothing: a weight of 0 adds nothing
+        place = trained.nonzero()[:, 0]
         distinct, action = name.flatten()[place].unique(return_inverse=True)
         example = torch.empty_like(distinct).scatter_(0, action, place)
         gradient, rows = self._action_gradients(
@@ -202,8 +202,8 @@ class Groups:
         total = embedding_bag(
             column.view(shape), gradient, mode="sum", per_sample_weights=weight.view(shape)
         )
-        trained = (weight.view(shape) != 0).double().sum(1)
-        return total, self.forwards + rows * trained / GROUP_SIZE
+        n_actions = (weight.view(shape) != 0).double().sum(1)
+        return total, self.forwards + rows * n_actions / GROUP_SIZE
 
     def _action_gradients(self, actions: Actions) -> tuple[Float[Tensor, "N D"], float]:
         """Minus the gradient of the loss of each action, and the network rows each needs."""

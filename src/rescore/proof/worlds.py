@@ -1,14 +1,14 @@
-"""Worlds small enough to enumerate: a handful of positions and tokens, a random reward, a seeded policy.
+"""Worlds small enough to enumerate: few positions and tokens, a random reward, a seeded policy.
 
-On an enumerable world every denoiser is a table of logits, so all mathematics is done on the table and
-carried to the parameters once, by the Jacobian of the table.
+On an enumerable world every denoiser is a table of logits, so all mathematics is done on the table
+and carried to the parameters once, by the Jacobian of the table.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -87,8 +87,8 @@ class World:
 class Tabled:
     """A denoiser as its table of logits, which keeps account of its use.
 
-    Where gradients are enabled, each forward hands out a fresh leaf, so that the gradient of any scalar
-    is had per network row; ``gradient`` sums the rows of a state.
+    Where gradients are enabled, each forward hands out a fresh leaf, so that the gradient of any
+    scalar is had per network row; ``gradient`` sums the rows of a state.
     """
 
     def __init__(self, table: Float[Tensor, "S L V"]) -> None:
@@ -102,7 +102,7 @@ class Tabled:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, denoiser: TinyDenoiser, canvases: Int[Tensor, "S L"]) -> Self:
+    def of(cls, denoiser: TinyDenoiser, canvases: Int[Tensor, "S L"]) -> Tabled:
         """The table of a denoiser: its logits on every canvas."""
         return cls(denoiser.predict(canvases))
 

@@ -15,7 +15,7 @@ from rescore.tasks.task import Task
 
 @dataclass(frozen=True, kw_only=True)
 class Base(abc.ABC):
-    """A base model. Subclass it to bring your own: ``build`` returns any module that is a ``Denoiser``.
+    """A base model. Subclass it to bring your own: ``build`` returns a module, a ``Denoiser``.
 
     ``Pretrain`` trains a small one; an adapter for large models loads weights.
     """

@@ -1,9 +1,9 @@
 """What the library adds to the bare network: an RL step beside the same network calls alone.
 
-Every network call of a real step is recorded with its inputs and made again on a copy of the network,
-with nothing around it: forwards without gradients, forwards with a backward pass, optimiser steps. Steps
-and replays alternate in one run; the figures are medians of CPU-seconds, so a busy machine disturbs
-both alike. ``overhead`` = step / bare.
+Every network call of a real step is recorded with its inputs and made again on a copy of the
+network, with nothing around it: forwards without gradients, forwards with a backward pass,
+optimiser steps. Steps and replays alternate in one run; the figures are medians of CPU-seconds, so
+a busy machine disturbs both alike. ``overhead`` = step / bare.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import time
 from dataclasses import dataclass, field
 
 import torch
-from accelerate import Accelerator
 from jaxtyping import Bool, Float, Int
 from rich.console import Console
 from rich.table import Table
@@ -28,7 +27,7 @@ from rescore.training.rollout import rollout
 from rescore.training.run import Run
 from rescore.training.session import build_base
 from rescore.training.update import update
-from rescore.training.world import build
+from rescore.training.world import World, accelerator_for, build
 
 WARM_UP = 2
 """Steps made before measuring."""
@@ -73,6 +72,11 @@ class Recorder:
     def mask_id(self) -> int:
         return self.network.mask_id
 
+    @property
+    def rows(self) -> int:
+        """Canvases that went through the network."""
+        return sum(len(x_t) for _, x_t, _, _ in self.calls)
+
     def predict(
         self,
         x_t: Int[Tensor, "B L"],
@@ -94,7 +98,7 @@ def measure(recipe: str, run: Run, *, repeats: int = 7) -> Row:
     if repeats < 5:
         raise ValueError(f"repeats={repeats}; the median needs at least 5")
     run.check()
-    accelerator = Accelerator(cpu=torch.device(run.device).type == "cpu")
+    accelerator = accelerator_for(run)
     world = build(run, build_base(run, accelerator, print), accelerator)
     bare = copy.deepcopy(world.module)
     optimizer = torch.optim.AdamW([p for p in bare.parameters() if p.requires_grad])
@@ -122,9 +126,9 @@ def measure(recipe: str, run: Run, *, repeats: int = 7) -> Row:
             "credit_s": spent["cpu/annotate_s"] + before_update - before_credit,
             "update_s": end - before_update,
             "total_s": end - clock,
-            "rows": sum(len(x_t) for _, x_t, _, _ in recorder.calls) / run.optim.updates_per_rollout,
+            "rows": recorder.rows / run.optim.updates_per_rollout,
         }
-        figures["bare_s"] = replay(bare, optimizer, recorder, run)
+        figures["bare_s"] = replay(world, bare, optimizer, recorder)
         if step >= WARM_UP:
             steps.append(figures)
     middle = {name: statistics.median(figures[name] for figures in steps) for name in steps[0]}
@@ -141,17 +145,17 @@ def measure(recipe: str, run: Run, *, repeats: int = 7) -> Row:
 
 
 def replay(
-    module: nn.Module, optimizer: torch.optim.Optimizer, recorder: Recorder, run: Run
+    world: World, module: nn.Module, optimizer: torch.optim.Optimizer, recorder: Recorder
 ) -> float:
     """Make the recorded calls on ``module`` with nothing around them; returns CPU-seconds."""
     assert isinstance(module, Denoiser)
     clock = time.process_time()
     for training, x_t, attend, positions in recorder.calls:
-        with torch.set_grad_enabled(training):
+        with torch.set_grad_enabled(training), world.autocast():
             logits = module.predict(x_t, attend=attend, positions=positions)
         if training:
             logits.sum().backward()
-    for _ in range(run.optim.updates_per_rollout):
+    for _ in range(world.run.optim.updates_per_rollout):
         optimizer.step()
     optimizer.zero_grad()
     return time.process_time() - clock

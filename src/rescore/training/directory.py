@@ -1,4 +1,4 @@
-"""The run directory: what a run is (run.json), where it ran (environment.json), how to rebuild it."""
+"""The run directory: what a run is (run.json), where it ran (environment.json), its recipe."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from rescore.training.checkpoint import write_json
+from rescore.training.checkpoint import write_atomic, write_json
 from rescore.training.run import Run, describe, differences
 
 EXTENDABLE = {"steps"}
@@ -41,9 +41,10 @@ def default_cache() -> Path:
 
 def describe_directory(out: Path, run: Run, origin: Origin) -> None:
     """Write run.json and environment.json, and a copy of the recipe if it is a file."""
-    source = Path(origin.recipe)
-    if source.suffix == ".py":
-        (out / "recipe.py").write_text(source.read_text())
+    source = Path(origin.recipe.partition(":")[0])
+    copy = out / "recipe.py"
+    if source.suffix == ".py" and not copy.exists():  # a resume runs the copy
+        write_atomic(copy, source.read_text())
     write_json(
         out / "run.json",
         {
@@ -101,10 +102,17 @@ def check_same(directory: Path, run: Run) -> None:
 
     Raises:
         ValueError: fields other than ``steps`` differ, with both values; or ``steps`` shrinks.
+
+    The continued run equals one that had more ``steps`` from the start, but for the evaluation at
+    the end of the shorter one, if ``evaluate.every`` does not divide its steps.
     """
-    old, new = read_run(directory)["config"], json.loads(json.dumps(describe(run)))
+    old, new = read_run(directory)["config"], describe(run)
     changed = differences(old, new)
-    refused = {name: pair for name, pair in changed.items() if name not in EXTENDABLE}
+    refused = {
+        name: (was, now)
+        for name, (was, now) in changed.items()
+        if name not in EXTENDABLE or now < was
+    }
     if refused:
         lines = [
             f"  {name}: {was!r} in the run, {now!r} now" for name, (was, now) in refused.items()
@@ -112,7 +120,7 @@ def check_same(directory: Path, run: Run) -> None:
         raise ValueError(
             "\n".join(
                 [
-                    f"{directory} holds a different run; only 'steps' may change on a resume:",
+                    f"{directory} holds a different run; a resume may only raise 'steps':",
                     *lines,
                     "repeat the original options, or start a new run with --out",
                 ]

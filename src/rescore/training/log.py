@@ -183,8 +183,8 @@ class Console:
             self._live.stop()
 
     def start_at(self, step: int) -> None:
-        """Count from ``step``, where a resumed run continues; time estimates start afresh."""
-        self._progress.reset(self._task, completed=step)
+        """Say where a resumed run continues, so that time is estimated from its own steps."""
+        self._progress.update(self._task, completed=step)
 
     def update(self, step: int, row: Row) -> None:
         """Show the metrics of the update that made the number of updates ``step``."""

@@ -1,9 +1,9 @@
 """The loop, once: sample, score, credit, update, log, evaluate, checkpoint; on one process or many.
 
-Every process builds the prompts of the whole batch and samples its own share of the groups; the scored
-batch is then gathered, so credit sees all of it, and every process takes every W-th (sample, step) pair.
-Randomness is per sample and the loss a plain weighted sum, so the result does not depend on the number
-of processes or on the micro-batch size.
+Every process builds the prompts of the whole batch and samples its own share of the groups; the
+scored batch is then gathered, so credit sees all of it, and every process takes every W-th
+(sample, step) pair. Randomness is per sample and the loss a plain weighted sum, so the result does
+not depend on the number of processes or on the micro-batch size.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ from rescore.types import Scored
 EVALUATION_SEED = 0x5EED
 """Mixed into the run's seed, so that evaluation noise is not training noise."""
 
+SAME_REQUEST_S = 1.0
+"""Seconds within which repeated signals to stop count as one."""
+
 
 class Interrupted(Exception):
     """The user asked to stop; the run is saved."""
@@ -51,7 +54,7 @@ def train(world: World, out: Path, console: Console) -> None:
     run, state, main = world.run, world.state, world.accelerator.is_main_process
     metrics_file = MetricsFile(out / "metrics.jsonl") if main else None
     evaluations = MetricsFile(out / "evaluations.jsonl") if main else None
-    started, probed, saved = time.perf_counter(), False, state.step
+    started, probed, saved = time.perf_counter() - state.elapsed_s, False, state.step
 
     def assess() -> None:
         clock = time.perf_counter()
@@ -63,7 +66,7 @@ def train(world: World, out: Path, console: Console) -> None:
         row = {
             "step": state.step,
             "split": "validation",
-            "weights": "base" if state.step == 0 else "current",
+            "weights": "base" if state.step == 0 else "trained",
             "n": len(values["reward"]),
             "metrics": summary,
             "time_s": time.perf_counter() - clock,
@@ -101,10 +104,11 @@ def train(world: World, out: Path, console: Console) -> None:
             state.step += 1
             state.samples += run.batch_size
             state.cpu_s += time.process_time() - cpu
+            state.elapsed_s = time.perf_counter() - started
             seconds = time.perf_counter() - clock
             times["time/update_s"] = time.perf_counter() - update_clock
             times["time/step_s"] = seconds
-            times["time/elapsed_s"] = time.perf_counter() - started
+            times["time/elapsed_s"] = state.elapsed_s
             row = {
                 "step": state.step,
                 **rollout_metrics(scored),
@@ -117,13 +121,13 @@ def train(world: World, out: Path, console: Console) -> None:
             if metrics_file is not None:
                 metrics_file.log(row)
             console.update(state.step, row)
-            last = state.step == run.steps
+            last, stop = state.step == run.steps, world.anywhere(stopping())
             if last or state.step % run.evaluate.every == 0:
                 assess()
-            if last or stopping() or state.step % run.save_every == 0 or is_best(state):
+            if last or stop or state.step % run.save_every == 0 or is_best(state):
                 save()
-            if stopping() and not last:
-                raise Interrupted
+            if stop and not last:
+                raise Interrupted(f"saved at step {state.step} of {run.steps}")
 
 
 def is_best(state: TrainState) -> bool:
@@ -184,18 +188,22 @@ def evaluate_split(
 
 @contextmanager
 def graceful_stop() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether Ctrl-C or SIGTERM came; a second Ctrl-C stops at once."""
-    asked = False
+    """Yields a function that tells whether Ctrl-C or SIGTERM came; a second Ctrl-C stops at once.
+
+    A second signal within ``SAME_REQUEST_S`` is the same request: under torchrun, Ctrl-C reaches
+    every process twice, from the terminal and from the launcher.
+    """
+    asked = math.inf
 
     def ask(number: int, frame: Any) -> None:
         nonlocal asked
-        if asked:
+        if time.monotonic() > asked + SAME_REQUEST_S:
             raise KeyboardInterrupt
-        asked = True
+        asked = min(asked, time.monotonic())
 
     handlers = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: asked
+        yield lambda: asked < math.inf
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

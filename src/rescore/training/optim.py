@@ -1,4 +1,4 @@
-"""The update: AdamW, warm-up, clipping, reduction over processes, and what to do about non-finite values."""
+"""The update: AdamW, warm-up, clipping, reduction over processes, skipping what is not finite."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Optim:
         for name in ("epochs", "mini_batches", "micro_batch", "max_skipped"):
             if getattr(self, name) < 1:
                 raise ValueError(f"optim: {name} must be at least 1, got {getattr(self, name)}")
-        if self.lr <= 0 or self.clip_norm <= 0:
+        if not (self.lr > 0 and self.clip_norm > 0):
             raise ValueError(
                 f"optim: lr and clip_norm must be positive, got {self.lr} and {self.clip_norm}"
             )
@@ -63,7 +63,7 @@ class UpdateCounts:
 
 
 class Updater:
-    """Owns the optimiser and the moving average; ``step`` turns accumulated gradients into an update."""
+    """Owns the optimiser and the moving average; ``step`` turns gradients into an update."""
 
     def __init__(
         self, module: nn.Module, optim: Optim, accelerator: Accelerator, ema: Ema | None
@@ -85,6 +85,8 @@ class Updater:
             TrainingError: ``max_skipped`` updates in a row had a non-finite loss or gradient.
         """
         parameters = list(self.named.values())
+        for p in parameters:  # one that the loss does not reach has a gradient of zero
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         if self.accelerator.num_processes > 1:
             loss = self._reduce(parameters, loss)
         norm = nn.utils.clip_grad_norm_(parameters, self.optim.clip_norm)
@@ -94,9 +96,9 @@ class Updater:
             self.counts.skipped_in_a_row += 1
             if self.counts.skipped_in_a_row >= self.optim.max_skipped:
                 raise TrainingError(
-                    f"{self.counts.skipped_in_a_row} updates in a row had a non-finite loss or gradient "
-                    f"(loss {loss.item()}, gradient norm {norm.item()}); lower optim.lr, or use "
-                    f"--precision float32"
+                    f"{self.counts.skipped_in_a_row} updates in a row had a non-finite loss or "
+                    f"gradient (loss {loss.item()}, gradient norm {norm.item()}); lower optim.lr, "
+                    f"or use --precision float32"
                 )
             return None
         self.counts.skipped_in_a_row = 0
@@ -112,9 +114,6 @@ class Updater:
 
     def _reduce(self, parameters: list[nn.Parameter], loss: Tensor) -> Tensor:
         """Replace gradients and loss by their sums over all processes, in one message."""
-        for p in parameters:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
         grads = [p.grad for p in parameters if p.grad is not None]
         flat = torch.cat([*(g.flatten() for g in grads), loss.detach().to(grads[0].dtype)[None]])
         flat = self.accelerator.reduce(flat, "sum")

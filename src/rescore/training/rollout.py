@@ -1,14 +1,18 @@
-"""From prompts to a scored batch, gathered from all processes, and the probe that it can be replayed."""
+"""From prompts to a scored batch, gathered from all processes, and the probe of its replay."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from jaxtyping import Int
 from torch import Tensor
 
+from rescore.rewards.reward import RewardError
 from rescore.sampling.rng import SampleRng
 from rescore.training.optim import TrainingError
 from rescore.training.run import Run
@@ -27,10 +31,17 @@ def prompt_index(seed: int, step: int, n: int, size: int) -> Tensor:
     epochs = torch.div(place, size, rounding_mode="floor")
     index = torch.empty_like(place)
     for epoch in epochs.unique().tolist():
-        generator = torch.Generator().manual_seed((seed << 32) ^ epoch)
         inside = epochs == epoch
-        index[inside] = torch.randperm(size, generator=generator)[place[inside] % size]
+        index[inside] = permutation(size, (seed, 0, epoch))[place[inside] % size]
     return index
+
+
+def permutation(n: int, key: tuple[int, ...]) -> Int[Tensor, " n"]:
+    """The numbers below n in an order that is a pure function of the key, of all its bits.
+
+    ``torch.Generator.manual_seed`` would look at 32 of them only.
+    """
+    return torch.from_numpy(np.random.default_rng(key).permutation(n))
 
 
 def batch_prompts(run: Run, step: int) -> Prompts:
@@ -47,6 +58,9 @@ def rollout(world: World, step: int) -> tuple[Scored, dict[str, float]]:
     """Sample, select, score, annotate and gather one batch; also the seconds each part took.
 
     The seconds are wall (``time/...``) and CPU (``cpu/...``).
+
+    Raises:
+        RewardError: a reward failed, on this process or on another one.
     """
     run, accelerator = world.run, world.accelerator
     clock = [(time.perf_counter(), time.process_time())]
@@ -59,24 +73,31 @@ def rollout(world: World, step: int) -> tuple[Scored, dict[str, float]]:
         trajectory = world.models.new.sample(prompts, run.algorithm.record, rng)
     selected = run.algorithm.select(trajectory, rng)
     clock.append((time.perf_counter(), time.process_time()))
-    scored = score(run, selected)
+    scored = score(world, selected)
     clock.append((time.perf_counter(), time.process_time()))
     with world.autocast():
         scored = run.algorithm.annotate(world.models, scored)
     scored = gather(accelerator, scored)
     clock.append((time.perf_counter(), time.process_time()))
     seconds: dict[str, float] = {}
-    for name, before, after in zip(("rollout", "reward", "annotate"), clock, clock[1:], strict=False):
+    parts = ("rollout", "reward", "annotate")
+    for name, before, after in zip(parts, clock[:-1], clock[1:], strict=True):
         seconds[f"time/{name}_s"] = after[0] - before[0]
         seconds[f"cpu/{name}_s"] = after[1] - before[1]
     return scored, seconds
 
 
-def score(run: Run, selected: Selected) -> Scored:
-    """Judge the finished samples."""
+def score(world: World, selected: Selected) -> Scored:
+    """Judge the finished samples; if that fails on one process, it fails on all."""
     trajectory = selected.trajectory
-    reward = run.task.reward
-    terms = reward.terms(trajectory.x_0, trajectory.prompts)
+    reward = world.run.task.reward
+    terms, failure = {}, None
+    try:
+        terms = reward.terms(trajectory.x_0, trajectory.prompts)
+    except RewardError as error:
+        failure = error
+    if world.anywhere(failure is not None):
+        raise failure or RewardError("a reward failed on another process, which says more")
     total = reward.total(terms).to(trajectory.log_prob.dtype)
     return Scored(**selected.fields(), reward=total, terms=terms)
 
@@ -110,20 +131,24 @@ def probe(world: World, scored: Scored) -> float:
         TrainingError: it exceeds ``PROBE_TOLERANCE``: the ratio would not start at 1.
     """
     run, trajectory = world.run, scored.trajectory
-    n = min(PROBE_ROWS, trajectory.log_prob.numel())
-    pairs = torch.nonzero(torch.ones_like(trajectory.log_prob))
-    pairs = pairs[:: max(1, len(pairs) // n)][:n]
-    sample, step = pairs.unbind(1)
-    with world.autocast():
-        policy = world.models.new
-        replayed = policy.transition(trajectory.take(sample), step, run.algorithm.record.score)
-    worst = (replayed.log_prob.detach() - trajectory.log_prob[sample, step]).abs().max().item()
+    n_samples, n_steps = trajectory.log_prob.shape
+    rows = torch.arange(min(PROBE_ROWS, n_samples * n_steps), device=trajectory.log_prob.device)
+    sample, step = rows * n_samples // len(rows), rows % n_steps  # spread over both
+    worst = 0.0
+    for chunk in rows.split(run.optim.micro_batch):
+        paths, k = trajectory.take(sample[chunk]), step[chunk]
+        with world.autocast():
+            replayed = world.models.new.transition(paths, k, run.algorithm.record.score).log_prob
+        recorded = trajectory.log_prob[sample[chunk], k]
+        gap = (replayed.detach() - recorded).abs().max().item()
+        worst = max(worst, gap if math.isfinite(gap) else math.inf)
     tolerance = PROBE_TOLERANCE[run.precision]
     if not worst <= tolerance:
         raise TrainingError(
             f"replayed log-probabilities differ from the recorded ones by {worst:.3g} nat per step "
             f"(at most {tolerance:g} in {run.precision}), so the ratio would not start at 1; the "
             f"network gives other outputs in training than in sampling: look for dropout, batch "
-            f"statistics, other global state, or rows that influence each other"
+            f"statistics, other global state, rows that influence each other, or weights that are "
+            f"not finite"
         )
     return worst

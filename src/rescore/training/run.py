@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -83,6 +84,13 @@ class Run:
         for name in ("steps", "batch_size", "group_size", "save_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("every", "n", "n_test"):
+            if getattr(self.evaluate, name) < 1:
+                raise ValueError(
+                    f"evaluate.{name} must be at least 1, got {getattr(self.evaluate, name)}"
+                )
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must lie in [0, 2^32), got {self.seed}")
         if self.batch_size % self.group_size:
             raise ValueError(
                 f"batch_size={self.batch_size} is not divisible by group_size={self.group_size}; "
@@ -119,7 +127,11 @@ class Run:
 
 
 def describe(value: Any) -> Any:
-    """A configuration as JSON: dataclasses as objects with a ``class`` key, functions by name."""
+    """A configuration as strict JSON.
+
+    Dataclasses become objects with a ``class`` key; functions and classes their names; numbers that
+    are not finite, and anything else, text.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"class": f"{type(value).__module__}.{type(value).__qualname__}", **fields}
@@ -127,11 +139,11 @@ def describe(value: Any) -> Any:
         return {str(name): describe(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [describe(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    if callable(value):
+    if inspect.isroutine(value) or isinstance(value, type):
         return f"{value.__module__}.{value.__qualname__}"
-    return value
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    return value if isinstance(value, float) and math.isfinite(value) else str(value)
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -6,11 +6,13 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from rich.console import Console as Terminal
 from torch import Tensor, nn
 
 from rescore.evaluation.film import film_strip
@@ -18,6 +20,7 @@ from rescore.evaluation.metrics import summarise
 from rescore.evaluation.report import build_report
 from rescore.models.denoiser import Denoiser
 from rescore.models.finetune import reference
+from rescore.sampling.decoder import Decoder
 from rescore.sampling.policy import MaskedPolicy
 from rescore.sampling.record import Record
 from rescore.sampling.rng import SampleRng
@@ -25,10 +28,17 @@ from rescore.tasks.task import Split
 from rescore.training import checkpoint
 from rescore.training.checkpoint import CheckpointError, write_json
 from rescore.training.directory import Origin, check_same, default_cache, describe_directory
-from rescore.training.log import Console, MetricsFile
+from rescore.training.log import Console, MetricsFile, read
 from rescore.training.loop import EVALUATION_SEED, evaluate_split, train
-from rescore.training.run import Run
-from rescore.training.world import World, as_denoiser, build, load_state, load_weights
+from rescore.training.run import Precision, Run
+from rescore.training.world import (
+    World,
+    accelerator_for,
+    as_denoiser,
+    build,
+    load_state,
+    load_weights,
+)
 
 
 def start(run: Run, origin: Origin, out: Path, *, resume: bool) -> Path:
@@ -39,7 +49,7 @@ def start(run: Run, origin: Origin, out: Path, *, resume: bool) -> Path:
         Interrupted, RewardError, TrainingError, StorageError: as ``loop.train``.
     """
     run.check()
-    accelerator = Accelerator(cpu=torch.device(run.device).type == "cpu")
+    accelerator = accelerator_for(run)
     groups = run.batch_size // run.group_size
     if groups % accelerator.num_processes:
         raise ValueError(
@@ -50,10 +60,8 @@ def start(run: Run, origin: Origin, out: Path, *, resume: bool) -> Path:
     if resume:
         check_same(out, run)
         step = checkpoint.latest(out / "checkpoints")
-        if step is None:
-            raise CheckpointError(f"{out} has no complete checkpoint; start the run anew")
-        if step > run.steps:
-            raise ValueError(f"{out} has done {step} steps already, more than steps={run.steps}")
+        if step is None and (out / "metrics.jsonl").exists() and read(out / "metrics.jsonl"):
+            raise CheckpointError(f"{out} has lost its checkpoints; start the run anew elsewhere")
     elif accelerator.is_main_process:
         checkpoint.claim(out)
     accelerator.wait_for_everyone()
@@ -67,10 +75,11 @@ def start(run: Run, origin: Origin, out: Path, *, resume: bool) -> Path:
         world = build(run, module, accelerator)
         if step is not None:
             load_state(world, out / "checkpoints", step)
+        if resume:  # without a checkpoint: the run was stopped before its first one
             if main:
                 for name in ("metrics.jsonl", "evaluations.jsonl"):
-                    MetricsFile(out / name).truncate_after(step)
-            console.note(f"resumed from step {step}")
+                    MetricsFile(out / name).truncate_after(-1 if step is None else step)
+            console.note(f"resumed from step {world.state.step}")
         accelerator.wait_for_everyone()
         if world.state.base_sha256 not in (None, digest):
             raise CheckpointError(
@@ -142,7 +151,7 @@ def finish(world: World, origin: Origin, out: Path, console: Console) -> None:
         }
         write_json(out / "result.json", result)
         changed = (before["reward"] != after["reward"]).nonzero()
-        write_film(run, base, best, int(changed[0]) if len(changed) else 0, out)
+        write_film(world, base, best, int(changed[0]) if len(changed) else 0, out)
         for row in rows:
             console.note(result_line(row))
 
@@ -157,20 +166,22 @@ def load_best(world: World, directory: Path) -> None:
     load_weights(world.module, tensors)
 
 
-def write_film(run: Run, base: Denoiser, best: Denoiser, number: int, out: Path) -> None:
+def write_film(world: World, base: Denoiser, best: Denoiser, number: int, out: Path) -> None:
     """Film one test prompt before and after on the same noise: the first whose reward changed."""
-    strips = [
-        film_strip(
-            MaskedPolicy(network, run.decoder),
-            run.task,
-            "test",
-            number,
-            seed=run.seed ^ EVALUATION_SEED,
-            label=label,
-            device=run.device,
-        )
-        for label, network in (("before", base), ("after", best))
-    ]
+    run = world.run
+    with world.autocast():
+        strips = [
+            film_strip(
+                MaskedPolicy(network, run.decoder),
+                run.task,
+                "test",
+                number,
+                seed=run.seed ^ EVALUATION_SEED,
+                label=label,
+                device=world.accelerator.device,
+            )
+            for label, network in (("before", base), ("after", best))
+        ]
     film = {
         "title": f"Test prompt {number}, the first whose reward changed; {run.decoder}",
         "puzzle": dataclasses.asdict(run.task.layout),
@@ -180,44 +191,71 @@ def write_film(run: Run, base: Denoiser, best: Denoiser, number: int, out: Path)
     write_json(out / "samples" / "film.json", film)
 
 
-def evaluate_run(
-    run: Run, directory: Path, split: str, n: int, changes: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """Means and standard errors of a run's best checkpoint on a split.
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """How to evaluate the best checkpoint of a run."""
+
+    decoder: Decoder
+    """How it is sampled."""
+    seed: int
+    """Of the noise."""
+    device: str
+    """A torch device: cpu, cuda, cuda:1, mps."""
+    precision: Precision
+    """Of the network."""
+    split: Split = "test"
+    """Of the task."""
+    n: int = 512
+    """Prompts, one sample each."""
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ValueError(f"n must be at least 1, got {self.n}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling(Evaluation):
+    """What to sample from the best checkpoint of a run."""
+
+    n: int = 2
+    """How many prompts of the split, if none are given."""
+    prompts: tuple[str, ...] = ()
+    """Prompts as text, such as 16-character Sudokus."""
+
+
+def evaluate_run(run: Run, directory: Path, options: Evaluation) -> dict[str, Any]:
+    """Means and standard errors of a run's best checkpoint, as a row of the table.
 
     Args:
         run: as built from the directory's recipe and options.
         directory: the run directory.
-        split: train, validation or test.
-        n: prompts.
-        changes: fields of the decoder to change.
+        options: the run's own seed and decoder give the numbers of its table.
 
     Raises:
-        ValueError: an unknown split, or a decoder that does not exist.
+        ValueError: the device cannot be used, or the directory has no usable checkpoint.
     """
-    if split not in get_args(Split):
-        raise ValueError(f"split is '{split}'; expected one of {list(get_args(Split))}")
-    world = _best_world(run, directory, changes)
-    values = evaluate_split(world, split, n)  # pyright: ignore[reportArgumentType]
-    label = f"{directory}, {split}, {world.run.decoder}"
-    return [{"label": label, "metrics": summarise(values)}]
+    world = _best_world(run, directory, options)
+    values = evaluate_split(world, options.split, options.n)
+    label = f"{directory}, {options.split}, {options.decoder}"
+    return {"label": label, "metrics": summarise(values)}
 
 
-def sample_run(
-    run: Run,
-    directory: Path,
-    texts: tuple[str, ...],
-    n: int,
-    seed: int,
-    changes: dict[str, Any],
-) -> list[str]:
-    """Prompt, output and reward of a run's best checkpoint as text, one entry per prompt."""
-    world = _best_world(run, directory, changes)
+def sample_run(run: Run, directory: Path, options: Sampling) -> list[str]:
+    """Prompt, reward terms and output of a run's best checkpoint as text, one entry per prompt.
+
+    Raises:
+        ValueError: as ``evaluate_run``; or a given prompt is not valid.
+    """
     task = run.task
-    prompts = task.read(texts) if texts else task.prompts("test", torch.arange(n))
+    if options.prompts:
+        prompts = task.read(options.prompts)
+    else:
+        prompts = task.prompts(options.split, torch.arange(options.n))
+    world = _best_world(run, directory, options)
     prompts = prompts.to(world.accelerator.device)
-    rng = SampleRng(seed, prompts.sample_id)
-    outputs = world.models.new.sample(prompts, Record(), rng).x_0
+    with world.autocast():
+        rng = SampleRng(options.seed, prompts.sample_id)
+        outputs = world.models.new.sample(prompts, Record(), rng).x_0
     terms = task.reward.terms(outputs, prompts)
     return [
         "\n".join(
@@ -231,17 +269,21 @@ def sample_run(
     ]
 
 
-def _best_world(run: Run, directory: Path, changes: dict[str, Any]) -> World:
-    """The world of a run with its best weights and a changed decoder."""
-    run = dataclasses.replace(run, decoder=dataclasses.replace(run.decoder, **changes), ema=0.0)
-    accelerator = Accelerator(cpu=torch.device(run.device).type == "cpu")
-    world = build(run, build_base(run, accelerator, lambda line: None), accelerator)
+def _best_world(run: Run, directory: Path, options: Evaluation) -> World:
+    """The world of a run with its best weights, to be used as ``options`` say."""
+    run = dataclasses.replace(run, device=options.device, precision=options.precision, ema=0.0)
+    run.check()
     step = checkpoint.latest(directory / "checkpoints")
     if step is None:
         raise CheckpointError(f"{directory} has no complete checkpoint")
+    run = dataclasses.replace(run, decoder=options.decoder)
+    accelerator = accelerator_for(run)
+    note = Console(str(directory), run.steps, terminal=Terminal(stderr=True)).note
+    world = build(run, build_base(run, accelerator, note), accelerator)
     saved = checkpoint.load(directory / "checkpoints", step).state["train"]
     world.state.best_step = saved["best_step"]
     load_best(world, directory / "checkpoints")
+    world.run = dataclasses.replace(run, seed=options.seed)  # after the base, which run.seed chose
     return world
 
 

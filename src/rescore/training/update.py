@@ -10,26 +10,23 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from rescore.sampling.rng import SampleRng
+from rescore.training.rollout import permutation
 from rescore.training.run import Run
 from rescore.training.world import World
 from rescore.types import Credited, Terms
 
-
 def mini_batches(run: Run, credited: Credited, step: int) -> Iterator[Tensor]:
-    """The pairs of each update in turn: equal shares of the samples, shuffled anew in every epoch."""
+    """The pairs of each update in turn: equal shares of the samples, shuffled in every epoch."""
     pairs, optim = credited.pairs(), run.optim
     if optim.mini_batches == 1:
         for _ in range(optim.epochs):
             yield pairs
         return
     for epoch in range(optim.epochs):
-        generator = torch.Generator().manual_seed((run.seed << 32) ^ (step * optim.epochs + epoch))
-        share = torch.empty(run.batch_size, dtype=torch.long)
-        order = torch.randperm(run.batch_size, generator=generator)
-        share[order] = torch.arange(run.batch_size) % optim.mini_batches
+        share = permutation(run.batch_size, (run.seed, 1, step, epoch)) % optim.mini_batches
         share = share.to(pairs.device)
-        for number in range(optim.mini_batches):
-            yield pairs[share[pairs[:, 0]] == number]
+        for part in range(optim.mini_batches):
+            yield pairs[share[pairs[:, 0]] == part]
 
 
 def update(world: World, credited: Credited, step: int) -> dict[str, float]:

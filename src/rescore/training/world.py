@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -34,6 +34,8 @@ class TrainState:
     base_sha256: str | None = None
     cpu_s: float = 0.0
     """CPU-seconds of training, evaluation left out."""
+    elapsed_s: float = 0.0
+    """Wall seconds of training, evaluation included."""
 
 
 @dataclass(kw_only=True)
@@ -51,10 +53,27 @@ class World:
         """A context in which the module holds the averaged weights, if the run averages."""
         return nullcontext() if self.updater.ema is None else self.updater.ema.swap()
 
+    def anywhere(self, flag: bool) -> bool:
+        """Whether the flag is up on any process, so that all of them do the same next."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        raised = torch.tensor(float(flag), device=self.accelerator.device)
+        total = self.accelerator.reduce(raised, "sum")
+        assert isinstance(total, Tensor)
+        return bool(total)
+
     def autocast(self) -> AbstractContextManager[Any]:
         """bfloat16 autocast where the run asks for it."""
         enabled = self.run.precision == "bfloat16"
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=enabled)
+
+
+def accelerator_for(run: Run) -> Accelerator:
+    """Accelerate on the device of the run; under torchrun every process takes its own."""
+    device = torch.device(run.device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return Accelerator(cpu=device.type == "cpu")
 
 
 def as_denoiser(module: nn.Module, run: Run) -> Denoiser:
@@ -136,8 +155,8 @@ def load_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             n for n in own if own[n].shape != tensors[n].shape
         ]
         raise checkpoint.CheckpointError(
-            f"the checkpoint is of another model: '{odd[0]}' is missing or has another shape; use the "
-            f"recipe it was written with"
+            f"the checkpoint is of another model: '{odd[0]}' is missing or has another shape; use "
+            f"the recipe it was written with"
         )
     with torch.no_grad():
         for name, parameter in own.items():

@@ -1,0 +1,250 @@
+"""Prompts of a step are pure functions of their place; recorded steps can be replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import L, Match, MlpBase, TransformerBase, V, solved, tiny_run, tiny_world
+from torch import Tensor, nn
+
+from rescore.algorithms.egspo import Egspo
+from rescore.algorithms.reinforce import Reinforce
+from rescore.models.tiny import MlpDenoiser
+from rescore.models.transformer import TransformerConfig
+from rescore.rewards.reward import RewardError
+from rescore.sampling.decoder import Decoder
+from rescore.sampling.record import Score
+from rescore.tasks.task import Task
+from rescore.training.base import Base
+from rescore.training.optim import TrainingError
+from rescore.training.rollout import (
+    PROBE_ROWS,
+    PROBE_TOLERANCE,
+    batch_prompts,
+    probe,
+    prompt_index,
+    rollout,
+)
+from rescore.types import Prompts, Scored
+
+
+@pytest.mark.parametrize(("n", "size"), [(4, 15), (5, 15), (15, 15), (40, 15), (1, 1)])
+def test_every_prompt_is_used_before_any_repeats(n, size):
+    """Consecutive steps, laid end to end, are one permutation of all prompts after another."""
+    steps = -(-3 * size // n)
+    whole = torch.cat([prompt_index(7, step, n, size) for step in range(steps)])
+    passes = whole[: 3 * size].view(3, size)
+    assert torch.equal(passes.sort(1).values, torch.arange(size).expand(3, -1))
+    if size > 1:
+        assert len({tuple(row) for row in passes.tolist()}) == 3, "each pass has its own order"
+
+
+def test_the_prompts_of_a_step_depend_on_seed_and_step_only():
+    """Asking twice, in any order and whatever else was drawn, gives the same; seeds differ."""
+    late = prompt_index(3, 1000, 8, 15)
+    first = prompt_index(3, 0, 8, 15)
+    torch.manual_seed(5)
+    assert torch.equal(prompt_index(3, 0, 8, 15), first)
+    assert torch.equal(prompt_index(3, 1000, 8, 15), late)
+    state = torch.random.get_rng_state()
+    prompt_index(3, 0, 8, 15)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for seed in (0, 2, 3 + 2**31):
+        assert not torch.equal(prompt_index(seed, 0, 8, 15), first), seed
+
+
+def test_a_batch_is_whole_groups_with_names_of_their_own():
+    """Samples of a group share a prompt; sample ids never repeat in a run."""
+    run = tiny_run()
+    ids = []
+    for step in range(3):
+        prompts = batch_prompts(run, step)
+        assert prompts.group.tolist() == [g for g in range(4) for _ in range(4)]
+        number = prompt_index(run.seed, step, 4, 15).repeat_interleave(4)
+        expected = run.task.prompts("train", number)
+        assert torch.equal(prompts.tokens, expected.tokens)
+        assert torch.equal(prompts.info["target"], expected.info["target"])
+        ids += prompts.sample_id.tolist()
+    assert ids == list(range(48))
+
+
+def test_a_rollout_is_a_pure_function_of_weights_and_step():
+    """Twice the same; another step or another seed is another batch."""
+
+    def x_0(seed: int, step: int) -> Tensor:
+        world = tiny_world(tiny_run(base=Fixed(), seed=seed, batch_size=64))
+        return rollout(world, step)[0].trajectory.x_0
+
+    assert torch.equal(x_0(0, 5), x_0(0, 5))
+    assert not torch.equal(x_0(0, 5), x_0(0, 6))
+    assert not torch.equal(x_0(0, 5), x_0(1, 5))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fixed(Base):
+    """The same weights whatever the seed of the run; ``spoil`` may change the network."""
+
+    spoil: Callable[[MlpDenoiser], nn.Module] = lambda network: network
+
+    def build(
+        self,
+        task: Task,
+        *,
+        seed: int,
+        cache: Path,
+        device: torch.device | str,
+        note: Callable[[str], None],
+    ) -> nn.Module:
+        return self.spoil(MlpDenoiser(V, L, generator=torch.Generator().manual_seed(0)))
+
+
+class Dropped(MlpDenoiser):
+    """Loses units at random, in evaluation mode too."""
+
+    def logits(self, x_t: Tensor) -> Tensor:
+        out = super().logits(x_t)
+        return nn.functional.dropout(out, 0.2, training=True)
+
+
+class Mixed(MlpDenoiser):
+    """A row depends on the others in the batch."""
+
+    def logits(self, x_t: Tensor) -> Tensor:
+        out = super().logits(x_t)
+        return out - 0.01 * out.mean(0, keepdim=True)
+
+
+class LateNoise(MlpDenoiser):
+    """Wrong in the last step of three only: one position is masked."""
+
+    def logits(self, x_t: Tensor) -> Tensor:
+        out = super().logits(x_t)
+        last = (x_t == self.mask_id).sum(1) == 1
+        return out + last[:, None, None] * torch.rand(out.shape)
+
+
+def spoiled(kind: type[MlpDenoiser], **changes) -> tuple[float, Scored]:
+    base = Fixed(spoil=lambda _: kind(V, L, generator=torch.Generator().manual_seed(0)))
+    world = tiny_world(tiny_run(base=base, **changes))
+    scored, _ = rollout(world, 0)
+    return probe(world, scored), scored
+
+
+@pytest.mark.parametrize("kind", [Dropped, Mixed, LateNoise])
+def test_the_probe_stops_a_network_that_replays_differently(kind):
+    """Noise, rows that influence each other, and noise in a single step, with an explanation."""
+    with pytest.raises(TrainingError, match="replayed log-probabilities differ.*dropout"):
+        spoiled(kind)
+
+
+@pytest.mark.parametrize("batch_size", [512, 1024])
+def test_the_probe_sees_every_step_of_large_batches(batch_size):
+    """When only some of the steps are replayed, they are from all over the path."""
+    assert batch_size * 3 > PROBE_ROWS
+    with pytest.raises(TrainingError, match="replayed log-probabilities"):
+        spoiled(LateNoise, batch_size=batch_size)
+
+
+def test_the_probe_stops_weights_that_are_not_finite():
+    """NaN is not within any tolerance."""
+    world = tiny_world(tiny_run())
+    scored, _ = rollout(world, 0)
+    with torch.no_grad():
+        next(world.module.parameters()).fill_(torch.nan)
+    with pytest.raises(TrainingError, match="not finite"):
+        probe(world, scored)
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("order", ["random", "low_confidence", "plackett_luce", "max_prob"])
+@pytest.mark.parametrize("base", ["mlp", "transformer"])
+def test_the_probe_passes_an_honest_network(precision, order, base):
+    """Within its tolerance, in every precision, order and score."""
+    algorithms = [Reinforce(), Reinforce(score=Score(form="tokens_and_selection"))]
+    for algorithm in algorithms:
+        world = tiny_world(
+            tiny_run(
+                base=MlpBase() if base == "mlp" else TransformerBase(),
+                precision=precision,
+                decoder=Decoder(steps=3, order=order, temperature=0.7),
+                algorithm=algorithm,
+            )
+        )
+        scored, _ = rollout(world, 0)
+        assert probe(world, scored) <= PROBE_TOLERANCE[precision]
+        dtype = torch.float64 if precision == "float64" else torch.float32
+        assert scored.trajectory.log_prob.dtype == scored.reward.dtype == dtype
+
+
+def test_the_probe_is_zero_for_identical_shapes():
+    """One step of 16 samples, replayed as one micro-batch of 16 rows."""
+    world = tiny_world(tiny_run(decoder=Decoder(steps=1)))
+    scored, _ = rollout(world, 0)
+    assert probe(world, scored) == 0.0
+
+
+def test_the_probe_leaves_no_gradient():
+    world = tiny_world(tiny_run())
+    scored, _ = rollout(world, 0)
+    probe(world, scored)
+    assert all(p.grad is None for p in world.module.parameters())
+
+
+def test_bfloat16_changes_the_network_but_not_the_precision_of_log_probs():
+    """Log-probabilities differ from float32's by rounding of the network, and stay float32."""
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        config = TransformerConfig(vocab_size=V, length=L, width=32, depth=2, heads=2)
+        run = tiny_run(
+            base=TransformerBase(config=config), precision=precision, decoder=Decoder(steps=1)
+        )
+        world = tiny_world(run)
+        found[precision] = rollout(world, 0)[0].trajectory.log_prob
+        assert all(p.dtype == torch.float32 for p in world.module.parameters())
+    gap = (found["float32"] - found["bfloat16"]).abs().max()
+    assert 0 < gap < 0.1
+    assert found["bfloat16"].dtype == torch.float32
+    coarse = found["bfloat16"].to(torch.bfloat16).float()
+    assert not torch.equal(coarse, found["bfloat16"])
+
+
+def test_metrics_of_the_reference_are_annotated():
+    """EGSPO with a KL asks the reference once per step trained on; at the start it is the policy."""
+    run = tiny_run(algorithm=Egspo(n_steps=2, beta=0.1))
+    world = tiny_world(run)
+    scored, _ = rollout(world, 0)
+    recorded = scored.trajectory.log_prob.gather(1, scored.step)
+    torch.testing.assert_close(scored.notes["log_prob_ref"], recorded, rtol=0, atol=1e-12)
+
+
+def wrong_shape(outputs: Tensor, prompts: Prompts) -> Tensor:
+    return torch.zeros(len(outputs), 1)
+
+
+def nan_for_one(outputs: Tensor, prompts: Prompts) -> Tensor:
+    return torch.where(prompts.sample_id == 5, torch.nan, 1.0)
+
+
+def raising(outputs: Tensor, prompts: Prompts) -> Tensor:
+    if bool((prompts.sample_id == 6).any()):
+        raise KeyError("no such board")
+    return torch.zeros(len(outputs))
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (wrong_shape, r"'bad' returned shape \(16, 1\); expected \(16,\)"),
+        (nan_for_one, r"'bad' returned nan for sample 5 \(sample_id 5, output"),
+        (raising, "'bad' raised KeyError.*no such board.*sample 6, sample_id 6"),
+    ],
+)
+def test_a_broken_reward_is_named_with_its_sample(function, message):
+    run = tiny_run()
+    task = Match(functions={"solved": solved, "bad": function})
+    with pytest.raises(RewardError, match=message):
+        rollout(tiny_world(replace(run, task=task)), 0)
