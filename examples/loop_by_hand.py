@@ -72,7 +72,7 @@ for step in range(STEPS):
     rng = SampleRng(0, prompts.sample_id)
     trajectory = policy.sample(prompts, algorithm.record, rng)
 
-    # 6. -> selected -> scored: which steps count (here all of them), and what the outputs are worth.
+    # 6. -> selected -> scored: which steps count (here all), and what the outputs are worth.
     selected = algorithm.select(trajectory, rng)
     terms = task.reward.terms(trajectory.x_0, prompts)
     scored = Scored(**selected.fields(), reward=task.reward.total(terms), terms=terms)

@@ -2,6 +2,8 @@
 
     python examples/your_own_algorithm.py
     rescore train examples/your_own_algorithm.py --algorithm.keep 1
+
+The fields of the dataclass are options of the command line.
 """
 
 from __future__ import annotations
@@ -23,7 +25,6 @@ from rescore import (
     Pretrain,
     Record,
     Run,
-    SampleRng,
     Scored,
     Sudoku,
     Terms,
@@ -34,6 +35,7 @@ from rescore.objectives.advantages import centre
 from rescore.objectives.policy_gradient import score_function
 from rescore.proof.oracle import exact_gradient, expectation
 from rescore.proof.worlds import World
+from rescore.sampling.rng import Rng
 
 
 # --8<-- [start:algorithm]
@@ -70,7 +72,7 @@ class Winners(Algorithm):
         weight = torch.where(active, scored.step_weight / len(scored.reward), 0.0)
         return Credited(**scored.fields(), advantage=advantage, weight=weight)
 
-    def loss(self, models: Models, actions: Actions, rng: SampleRng) -> Terms:
+    def loss(self, models: Models, actions: Actions, rng: Rng) -> Terms:
         """From actions to an unreduced loss: sees the models, but not the batch."""
         new = models.new.transition(actions.trajectory, actions.step, self.record.score)
         return score_function(new.log_prob, actions.log_prob_old, actions.advantage)
@@ -81,16 +83,16 @@ class Winners(Algorithm):
 
 def recipe() -> Run:
     """Winners on 4x4 Sudoku."""
-    task = Sudoku(side=4, blanks=(6, 8), pool=512)
+    task = Sudoku(side=4, blanks=(6, 6), pool=512)
     shape = TransformerConfig(vocab_size=task.vocab_size, length=task.length, width=32, depth=2)
     return Run(
         task=task,
-        base=Pretrain(model=shape, steps=100, warmup=10, lr=3e-3),
-        decoder=Decoder(steps=2),
+        base=Pretrain(model=shape, steps=150, warmup=10, lr=3e-3),
+        decoder=Decoder(steps=3),
         algorithm=Winners(),
-        steps=20,
+        steps=30,
         batch_size=128,
-        optim=Optim(lr=1e-3),
+        optim=Optim(lr=1e-3, warmup=2),
         evaluate=Evaluate(n=64, n_test=256),
     )
 

@@ -1,7 +1,9 @@
 """Your own reward: one function. This file is also a recipe.
 
-    python examples/your_own_reward.py          # the quick version
-    rescore train examples/your_own_reward.py   # any field can be changed: --steps 200 --seed 1
+    python examples/your_own_reward.py
+    rescore train examples/your_own_reward.py --steps 100 --seed 1
+
+Every field of the run is an option of the command line.
 """
 
 from __future__ import annotations
@@ -48,16 +50,16 @@ class Rows(Sudoku):
 
 def recipe() -> Run:
     """REINFORCE on the fraction of valid rows."""
-    task = Rows(side=4, blanks=(8, 10), pool=512)
+    task = Rows(side=4, blanks=(6, 6), pool=512)
     shape = TransformerConfig(vocab_size=task.vocab_size, length=task.length, width=32, depth=2)
     return Run(
         task=task,
-        base=Pretrain(model=shape, steps=100, warmup=10, lr=3e-3),
-        decoder=Decoder(steps=2),
+        base=Pretrain(model=shape, steps=150, warmup=10, lr=3e-3),
+        decoder=Decoder(steps=3),
         algorithm=Reinforce(),
-        steps=20,
+        steps=30,
         batch_size=128,
-        optim=Optim(lr=1e-3),
+        optim=Optim(lr=1e-3, warmup=2),
         evaluate=Evaluate(by="row_validity", n=64, n_test=256),
     )
 

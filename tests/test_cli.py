@@ -1,22 +1,24 @@
-"""The command line: every command, every mistake a user can make through it, and every exit code."""
+"""The command line: every command, every mistake that can be made with it, every exit code."""
 
 import json
 import os
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from rescore import cli
-from rescore.training import recipes as recipes_module
 
-TINY = (
+TINY = shlex.split(
     "--base.steps 2 --base.model.width 16 --base.model.depth 1 --base.model.heads 2 --steps 2 "
     "--batch-size 16 --evaluate.n 16 --evaluate.n-test 16 --task.pool 64"
-).split()
+)
 PUZZLE = "3102200002100320"
 RECIPE = """
 from dataclasses import dataclass, replace
@@ -57,6 +59,12 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return " ".join(re.sub("[│╭╮╰╯─]", " ", err).split())  # as if tyro's boxes were one line
 
 
+def metrics(out: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without the times."""
+    rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in r.items() if not k.startswith("time/")} for r in rows]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory):
     """Bases are trained into a cache of these tests."""
@@ -85,7 +93,7 @@ def test_train_writes_a_run_directory_with_report(run):
     """Everything that the later commands read is there."""
     for name in ("run.json", "environment.json", "metrics.jsonl", "result.json", "report.html"):
         assert (run / name).stat().st_size > 0
-    assert [r["step"] for r in map(json.loads, open(run / "metrics.jsonl"))] == [1, 2]
+    assert [row["step"] for row in metrics(run)] == [1, 2]
 
 
 def test_the_default_directory_names_recipe_and_seed(tmp_path, monkeypatch, capsys):
@@ -166,8 +174,8 @@ def test_list_and_cite(capsys):
     assert "2603.12554" in ok(capsys, "cite", "egspo")
 
 
-def test_bench_writes_its_rows(tmp_path, monkeypatch, capsys):
-    """The JSON has the documented keys; --precision reaches the run."""
+def test_bench_writes_its_rows(tmp_path, capsys):
+    """The JSON has the documented keys, for a recipe from a file too."""
     small = tmp_path / "small.py"
     small.write_text(
         "from dataclasses import replace\nfrom rescore_recipes.sudoku import sudoku_egspo\n"
@@ -178,9 +186,8 @@ def test_bench_writes_its_rows(tmp_path, monkeypatch, capsys):
     rows = tmp_path / "rows.json"
     ok(capsys, "bench", small, "--repeats", 5, "--json", rows, "--precision", "float64")
     (row,) = json.loads(rows.read_text())
-    expected = "recipe overhead rollout_s reward_s update_s bare_s rows peak_mb".split()
-    assert set(expected) <= set(row) and row["overhead"] > 0
-    assert "is not one of" in mistake(capsys, "bench", small, "--precision", "float8") or True
+    keys = {"recipe", "overhead", "rollout_s", "reward_s", "update_s", "bare_s", "rows", "peak_mb"}
+    assert keys <= set(row) and row["overhead"] > 0
 
 
 def test_verify_writes_its_rows_and_fails_with_them(tmp_path, monkeypatch, capsys):
@@ -192,7 +199,7 @@ def test_verify_writes_its_rows_and_fails_with_them(tmp_path, monkeypatch, capsy
     kept: list[Case] = [case for case in cases if case.factor == 0.5][:1]
     monkeypatch.setattr(proof, "CASES", {"reinforce": lambda: iter(kept)})
     file = tmp_path / "rows.json"
-    assert "scaled 0.5" in ok(capsys, "verify", "reinforce", "--json", file)
+    assert "1 rows, 1 ok" in ok(capsys, "verify", "reinforce", "--json", file)
     (row,) = json.loads(file.read_text())
     assert row["claimed"] == "scaled" and row["factor"] == 0.5 and row["ok"] is True
     kept[0] = proof.replace(kept[0], factor=1.0)  # a false claim
@@ -207,11 +214,6 @@ def test_verify_writes_its_rows_and_fails_with_them(tmp_path, monkeypatch, capsy
 
 def test_resume_needs_only_the_directory_and_equals_the_longer_run(copy, tmp_path, capsys):
     """Two steps and two more give the metrics of four, but for the times."""
-
-    def metrics(out: Path) -> list[dict[str, float]]:
-        rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
-        return [{k: v for k, v in r.items() if not k.startswith("time/")} for r in rows]
-
     ok(capsys, "train", "--resume", copy, "--steps", 4)
     ok(capsys, "train", "sudoku_egspo", *TINY, "--steps", 4, "--out", tmp_path / "four")
     assert metrics(copy) == metrics(tmp_path / "four")
@@ -315,7 +317,7 @@ def test_the_output_directory_must_be_empty_and_writable(run, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     below = tmp_path / "file" / "below"
     assert str(below) in mistake(capsys, "train", "sudoku_egspo", *TINY, "--out", below)
-    assert str(below) in mistake(capsys, "report", run, "--out", below)
+    assert str(below.parent) in mistake(capsys, "report", run, "--out", below)
 
 
 def test_several_processes_need_a_common_directory(monkeypatch, capsys):
@@ -331,7 +333,7 @@ def test_several_processes_need_a_common_directory(monkeypatch, capsys):
         ("def recipe(:\n", ["my.py: SyntaxError", "line 1"]),
         ("import nowhere_to_be_found\n", ["my.py, line 1: ModuleNotFoundError"]),
         ("def recipe():\n    x = {}\n    return x['a']\n", ["my.py, line 3: KeyError: 'a'"]),
-        ("def recipe():\n    return 7\n", ["returned a int; expected a Run"]),
+        ("def recipe():\n    return 7\n", ["returned int; expected a Run"]),
         ("def _private(): ...\ndef f(x): ...\nfrom os import getcwd\n", ["my.py has no recipe"]),
         ("def a(): ...\ndef b(): ...\n", ["several recipes", "my.py:a, my.py:b"]),
         (
@@ -363,7 +365,6 @@ def test_a_failing_reward_stops_with_the_sample_and_keeps_the_checkpoint(tmp_pat
         "(outputs == 0).float().mean(1) / (0 if int(prompts.sample_id[0]) >= 16 else 1)",
     )
     (tmp_path / "my.py").write_text(source)
-    said = None
     with pytest.raises(SystemExit) as stop:
         cli.main(["train", str(tmp_path / "my.py"), "--out", str(tmp_path / "out"), *TINY])
     said = capsys.readouterr().err
@@ -372,7 +373,7 @@ def test_a_failing_reward_stops_with_the_sample_and_keeps_the_checkpoint(tmp_pat
     assert (tmp_path / "out" / "checkpoints" / "00000001" / "manifest.json").exists()
 
 
-# Bugs, and the process as a whole ------------------------------------------------------------------
+# Bugs, and the process as a whole -----------------------------------------------------------------
 
 
 def test_a_bug_is_not_mistaken_for_a_mistake(monkeypatch):
@@ -434,9 +435,25 @@ def test_exit_codes_of_the_process():
     assert bad.stderr.startswith("error: unknown algorithm") and bad.stderr.count("\n") == 1
 
 
+def test_ctrl_c_saves_and_exits_130(tmp_path):
+    """The step is finished and saved, and the message says how to continue."""
+    out = tmp_path / "out"
+    options = ["train", "sudoku_egspo", "--out", str(out), *TINY, "--steps", "100000"]
+    command = [sys.executable, "-m", "rescore", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as p:
+        while p.poll() is None and not ((out / "metrics.jsonl").exists() and metrics(out)):
+            time.sleep(0.05)
+        p.send_signal(signal.SIGINT)
+        err = p.communicate()[1]
+    assert p.returncode == 130, err
+    assert f"rescore train --resume {out}" in err and "Traceback" not in err
+    done = metrics(out)[-1]["step"]
+    assert (out / "checkpoints" / f"{done:08d}" / "manifest.json").exists()
+
+
 def test_help_does_not_wait_for_torch():
     """Neither the package nor the command line imports torch before it must."""
-    code = "import sys, rescore.cli; rescore.cli.main(['--help']); assert 'torch' not in sys.modules"
+    code = "import sys, rescore.cli as c; c.main(['--help']); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
@@ -448,4 +465,3 @@ def test_every_public_name_exists():
         assert getattr(rescore, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
         _ = rescore.Nonsense
-    assert recipes_module.FILE_MODULE == "recipe"

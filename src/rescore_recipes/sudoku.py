@@ -1,7 +1,8 @@
 """Sudoku: a masked-diffusion model that the project trains itself, improved by RL.
 
-Protocol of all 4x4 recipes: 6-12 blanks, unique solutions, splits by solution grid; 4 denoising
-steps in random order at temperature 1.
+Protocol of the 4x4 recipes: 11 or 12 blanks of 16 cells, unique solutions, splits by solution
+grid; 4 denoising steps in random order at temperature 1. The base solves fewer than half of such
+puzzles in 4 steps; with 6 to 12 blanks it solves three quarters, which leaves little room.
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ from rescore.training.run import Evaluate, Run
 
 
 def sudoku_egspo() -> Run:
-    """EGSPO on the 2 steps of highest entropy out of 4."""
+    """EGSPO on the 2 steps of highest entropy out of 4: the recipe of ``make demo``."""
     return replace(
         sudoku_reinforce(),
         algorithm=Egspo(n_steps=2, beta=0.0),
+        steps=300,
     )
 
 
 def sudoku_reinforce() -> Run:
     """REINFORCE with a leave-one-out baseline on all 4 steps."""
-    task = Sudoku(side=4, blanks=(6, 12), reward_weights={"cell_accuracy": 1.0})
+    task = Sudoku(side=4, blanks=(11, 12))
     return Run(
         task=task,
         base=Pretrain(
@@ -37,19 +39,21 @@ def sudoku_reinforce() -> Run:
         ),
         decoder=Decoder(steps=4, order="random", temperature=1.0),
         algorithm=Reinforce(),
-        steps=100,
+        steps=200,
         batch_size=256,
         group_size=8,
-        optim=Optim(lr=3e-4),
-        evaluate=Evaluate(every=10, n=256, n_test=512, by="solve_rate"),
+        optim=Optim(lr=1e-4),
+        ema=0.95,
+        evaluate=Evaluate(every=25, n=256, n_test=512, by="solve_rate"),
+        save_every=25,
     )
 
 
 def sudoku_lora() -> Run:
     """EGSPO on low-rank adapters, with a KL to the base: the same network, adapters off."""
-    return replace(sudoku_egspo(), algorithm=Egspo(n_steps=2, beta=0.01), lora=Lora())
-
-
-def sudoku_ema() -> Run:
-    """EGSPO that evaluates and keeps an exponential moving average of the weights."""
-    return replace(sudoku_egspo(), ema=0.9)
+    return replace(
+        sudoku_egspo(),
+        algorithm=Egspo(n_steps=2, beta=0.01),
+        lora=Lora(),
+        optim=Optim(lr=1e-3),
+    )

@@ -72,7 +72,7 @@ def test_a_replay_of_the_same_shape_is_bitwise_the_record(order, form, blocks):
 @every_form
 @pytest.mark.parametrize("order", ["random", "left_to_right"])
 def test_rows_are_summed_in_the_order_of_the_record(order, form):
-    """Seven tokens in one step: bitwise still, where the sampler asked for the revealed rows only."""
+    """Seven tokens in one step: bitwise still where the sampler asks for revealed rows only."""
     policy, score = policy_of(order, steps=1), Score(form=form)
     trajectory = draw(policy, score)
     replay = policy.transition(trajectory, torch.zeros(4, dtype=torch.long), score)

@@ -35,6 +35,7 @@ class Repeat(Task):
     """Sequences of one repeated token: the exact likelihood of each is 1 / V."""
 
     copies: int = 4
+    first: int = 0
 
     @property
     def vocab_size(self) -> int:
@@ -59,7 +60,7 @@ class Repeat(Task):
         raise NotImplementedError
 
     def clean(self, split: Split) -> Int[Tensor, "n L"]:
-        return torch.arange(V)[:, None].expand(V, L).repeat(self.copies, 1)
+        return torch.arange(V).roll(self.first)[:, None].expand(V, L).repeat(self.copies, 1)
 
     def gold(self, prompts: Prompts) -> Int[Tensor, "B L"]:
         raise NotImplementedError
@@ -229,7 +230,8 @@ def test_another_configuration_or_other_data_is_another_base(tmp_path):
     cached_base(dataclasses.replace(SHORT, seed=1), Repeat(), tmp_path)
     cached_base(dataclasses.replace(SHORT, schedule=Cosine()), Repeat(), tmp_path)
     cached_base(SHORT, Repeat(copies=5), tmp_path)
-    assert len(list(tmp_path.iterdir())) == 4
+    cached_base(SHORT, Repeat(first=1), tmp_path)
+    assert len(list(tmp_path.iterdir())) == 5
 
 
 def truncate(path):

@@ -36,13 +36,12 @@ class CompletionSlots:
         active: Bool[Tensor, " B"],
         rng: Rng,
     ) -> None:
-        """Consider one step; samples that reveal nothing in it (not ``active``) keep their slots."""
+        """Consider one step; samples that reveal nothing in it are not ``active`` and keep theirs."""
         columns = torch.arange(self.plan.n, device=self.step.device)
         if self.plan.by == "top_entropy":
             lowest = self.key == self.key.amin(1, keepdim=True)
-            worst = torch.where(lowest, self.step, -2).argmax(
-                1, keepdim=True
-            )  # the latest on a tie
+            latest = torch.where(lowest, self.step, -2)  # of tied steps the latest goes
+            worst = latest.argmax(1, keepdim=True)
             better = entropy[:, None] > self.key.gather(1, worst)
             take = (columns == worst) & better & active[:, None]
             self.key = torch.where(take, entropy[:, None].double(), self.key)

@@ -178,5 +178,5 @@ def print_rows(rows: list[Row]) -> None:
     Console(width=140).print(table)
 
 
-def _cell(value: str | float) -> str:
+def _cell(value: str | int | float) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"

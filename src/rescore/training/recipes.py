@@ -63,7 +63,7 @@ def run_of(recipe: str) -> Run:
     from rescore.training.run import Run
 
     if not isinstance(run, Run):
-        raise ValueError(f"recipe '{recipe}' returned a {type(run).__name__}; expected a Run")
+        raise ValueError(f"recipe '{recipe}' returned {type(run).__name__}; expected a Run")
     return run
 
 
