@@ -28,7 +28,155 @@ class Mutation(NamedTuple):
     test: str
 
 
-MUTATIONS: list[Mutation] = []
+MUTATIONS: list[Mutation] = [
+    Mutation(
+        name="scored at temperature 1, sampled at another",
+        file="rescore/sampling/discrete.py",
+        old="score.score_temperature or decoder.temperature",
+        new="1.0",
+        test="tests/sampling/test_discrete.py::test_recorded_log_probabilities_and_entropies_by_hand[tokens-random]",
+    ),
+    Mutation(
+        name="mean over tokens instead of sum",
+        file="rescore/processes/masked.py",
+        old="return torch.where(revealed, log_prob, 0.0).sum(-1)",
+        new="return torch.where(revealed, log_prob, 0.0).mean(-1)",
+        test="tests/processes/test_masked.py::test_tokens_log_prob_sums_the_revealed_rows",
+    ),
+    Mutation(
+        name="clip bounds swapped",
+        file="rescore/objectives/policy_gradient.py",
+        old="ratio.clamp(1 - clip_low, 1 + clip_high)",
+        new="ratio.clamp(1 - clip_high, 1 + clip_low)",
+        test="tests/objectives/test_policy_gradient.py::test_clip_by_hand",
+    ),
+    Mutation(
+        name="maximum of the surrogates",
+        file="rescore/objectives/policy_gradient.py",
+        old="-torch.minimum(",
+        new="-torch.maximum(",
+        test="tests/objectives/test_policy_gradient.py::test_clip_by_hand",
+    ),
+    Mutation(
+        name="sign of the advantage flipped twice",
+        file="rescore/objectives/policy_gradient.py",
+        old="loss = -advantage.detach()",
+        new="loss = advantage.detach()",
+        test="tests/objectives/test_policy_gradient.py::test_the_score_function_is_differentiable_in_the_log_probability_only",
+    ),
+    Mutation(
+        name="k3 with its difference reversed",
+        file="rescore/objectives/divergences.py",
+        old="return d.exp() - 1 - d",
+        new="return (-d).exp() - 1 + d",
+        test="tests/objectives/test_divergences.py::test_expected_gradients[k3]",
+    ),
+    Mutation(
+        name="exact KL averaged over the vocabulary",
+        file="rescore/objectives/divergences.py",
+        old="return torch.where(rows, (log_p.exp() * gap).sum(-1), 0.0).sum(-1)",
+        new="return torch.where(rows, (log_p.exp() * gap).mean(-1), 0.0).sum(-1)",
+        test="tests/objectives/test_divergences.py::test_categorical_kl_sums_the_chosen_rows",
+    ),
+    Mutation(
+        name="baseline over the batch, not the group",
+        file="rescore/objectives/advantages.py",
+        old="(total / count)[group]\n",
+        new="total.sum() / count.sum()\n",
+        test="tests/objectives/test_advantages.py::test_baselines_by_hand",
+    ),
+    Mutation(
+        name="leave-one-out that includes the sample",
+        file="rescore/objectives/advantages.py",
+        old="centred = centred * (count / (count - 1))[group]",
+        new="pass",
+        test="tests/objectives/test_advantages.py::test_baselines_by_hand",
+    ),
+    Mutation(
+        name="steps of lowest entropy selected",
+        file="rescore/objectives/advantages.py",
+        old="entropy.argsort(dim=1, descending=True, stable=True)",
+        new="entropy.argsort(dim=1, descending=False, stable=True)",
+        test="tests/objectives/test_advantages.py::test_top_steps_are_the_largest_and_the_earlier_on_a_tie",
+    ),
+    Mutation(
+        name="importance weights left out",
+        file="rescore/algorithms/egspo.py",
+        old="step_weight=1 / (self.n_steps * q.gather(1, step))",
+        new="step_weight=torch.ones_like(q.gather(1, step))",
+        test="tests/algorithms/test_egspo.py::test_importance_draws_are_weighted_by_one_over_k_q",
+    ),
+    Mutation(
+        name="KL rewarded instead of penalised",
+        file="rescore/algorithms/egspo.py",
+        old="terms.loss + self.beta * kl",
+        new="terms.loss - self.beta * kl",
+        test="tests/algorithms/test_egspo.py::test_loss_by_hand[k3]",
+    ),
+    Mutation(
+        name="ties broken unlike the sampler",
+        file="rescore/processes/masked.py",
+        old="    loses = (confidence < lowest[..., None]) | (\n        (confidence == lowest[..., None]) & (row > last)[..., None]\n    )",
+        new="    loses = confidence < lowest[..., None]",
+        test="tests/processes/test_masked.py::test_low_confidence_is_the_law_of_the_remasking_rule[identical-1]",
+    ),
+    Mutation(
+        name="choice of positions not scored",
+        file="rescore/sampling/discrete.py",
+        old='    elif decoder.order == "low_confidence":\n        log_prob = log_prob + masked',
+        new='    elif decoder.order == "nothing":\n        log_prob = log_prob + masked',
+        test="tests/sampling/test_discrete.py::test_low_confidence_probabilities_are_those_of_the_samplers_own_rule[2-1.5]",
+    ),
+    Mutation(
+        name="Plackett-Luce denominator does not shrink",
+        file="rescore/processes/masked.py",
+        old="remaining = log_weight.flip(-1).logcumsumexp(-1).flip(-1)",
+        new="remaining = log_weight.logsumexp(-1, keepdim=True)",
+        test="tests/processes/test_masked.py::test_plackett_luce_is_a_law_over_ordered_draws[2]",
+    ),
+    Mutation(
+        name="entropy from another law than the sampling law",
+        file="rescore/sampling/discrete.py",
+        old="masked.entropy(law.detach()), 0.0).sum(1)",
+        new="masked.entropy(masked.token_log_probs(logits).detach()), 0.0).sum(1)",
+        test="tests/sampling/test_discrete.py::test_recorded_log_probabilities_and_entropies_by_hand[tokens-random]",
+    ),
+    Mutation(
+        name="state of a step includes its own action",
+        file="rescore/types.py",
+        old="self.step_of() < step[:, None]",
+        new="self.step_of() <= step[:, None]",
+        test="tests/test_types.py::test_states_are_rebuilt_from_ranks",
+    ),
+    Mutation(
+        name="old log-probability of a column, not of its step",
+        file="rescore/types.py",
+        old="log_prob_old=self.trajectory.log_prob[sample, step]",
+        new="log_prob_old=self.trajectory.log_prob[sample, column]",
+        test="tests/test_types.py::test_actions_pick_the_numbers_of_their_pair",
+    ),
+    Mutation(
+        name="padding attended in training, not in sampling",
+        file="rescore/sampling/policy.py",
+        old="x_t, attend=trajectory.prompts.attend, positions=rows.position",
+        new="x_t, positions=rows.position",
+        test="tests/sampling/test_policy.py::test_a_replay_of_the_same_shape_is_bitwise_the_record[1-tokens-random]",
+    ),
+    Mutation(
+        name="noise depends on the place in the batch",
+        file="rescore/sampling/rng.py",
+        old="sample = self.sample_id[:, None].expand_as(where)",
+        new="sample = torch.arange(len(where))[:, None].expand_as(where)",
+        test="tests/sampling/test_rng.py::test_draws_do_not_depend_on_the_batch",
+    ),
+    Mutation(
+        name="noise rounded to bfloat16",
+        file="rescore/sampling/rng.py",
+        old="return (bits.double() + 0.5) * 2.0**-52",
+        new="return ((bits.double() + 0.5) * 2.0**-52).bfloat16().double()",
+        test="tests/sampling/test_rng.py::test_a_diffuse_tail_is_drawn_with_its_mass",
+    ),
+]
 
 
 def run_test(source: Path, test: str) -> subprocess.CompletedProcess[str]:

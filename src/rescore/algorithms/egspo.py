@@ -81,6 +81,15 @@ class Egspo(Algorithm):
                 f"egspo: n_steps={self.n_steps} cannot be selected from {decoder.steps} denoising "
                 f"steps; use 1 to {decoder.steps}"
             )
+        if self.beta < 0 or not 0 <= self.clip_low <= 1 or self.clip_high < 0:
+            raise ValueError(
+                f"egspo: beta={self.beta}, clip_low={self.clip_low}, clip_high={self.clip_high}; "
+                f"none may be negative, and clip_low is at most 1"
+            )
+        if self.delta <= 0:
+            raise ValueError(
+                f"egspo: delta={self.delta} must be positive, or a step of entropy 0 is never drawn"
+            )
 
     def select(self, trajectory: MaskedTrajectory, rng: Rng) -> Selected:
         assert trajectory.entropy is not None

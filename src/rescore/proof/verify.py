@@ -143,6 +143,8 @@ def print_rows(rows: Sequence[Row], console: Console | None = None) -> None:
     Rows that are not ok follow one by one.
     """
     console = console or Console()
+    if not console.is_terminal:  # a pipe has no width of its own
+        console.width = max(console.width, 120)
     for algorithm, of_algorithm in groupby(rows, lambda row: row.algorithm):
         lines: dict[tuple[str, str], list[Row]] = {}
         for row in of_algorithm:

@@ -36,7 +36,7 @@ class CompletionSlots:
         active: Bool[Tensor, " B"],
         rng: Rng,
     ) -> None:
-        """Consider one step; samples that reveal nothing in it are not ``active`` and keep theirs."""
+        """Consider one step; samples that reveal nothing in it (not ``active``) keep theirs."""
         columns = torch.arange(self.plan.n, device=self.step.device)
         if self.plan.by == "top_entropy":
             lowest = self.key == self.key.amin(1, keepdim=True)

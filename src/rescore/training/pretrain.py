@@ -1,7 +1,7 @@
 """Pre-train the small masked-diffusion bases that the project's own recipes start from.
 
 MDLM (arXiv:2406.07524): minimise the masked cross-entropy over stratified times, everything
-editable. All randomness comes from generators seeded by the configuration; noise is drawn on the
+editable. All randomness comes from seeded generators; noise is drawn on the
 CPU in float64, whatever the device.
 """
 
@@ -57,8 +57,6 @@ class Pretrain(Base):
     """Largest norm of the gradient of the mean loss per position."""
     schedule: Schedule = dataclasses.field(default_factory=Linear)
     """Law of the training times."""
-    seed: int = 0
-    """Seeds the initial weights, then the batches and their noise."""
     validate_every: int = 50
     """Steps between two rows of the log."""
     validation_rows: int = 1024
@@ -85,8 +83,7 @@ class Pretrain(Base):
         device: torch.device | str,
         note: Callable[[str], None],
     ) -> Transformer:
-        config = dataclasses.replace(self, seed=seed)
-        return cached_base(config, task, cache, device=device, progress=_teller(note))
+        return cached_base(self, task, cache, seed=seed, device=device, progress=_teller(note))
 
     def continued(
         self,
@@ -98,14 +95,14 @@ class Pretrain(Base):
         note: Callable[[str], None],
     ) -> Transformer:
         assert isinstance(module, Transformer)
-        probe = dataclasses.replace(self, steps=20, warmup=0, seed=seed + 1, validate_every=20)
-        clock = time.process_time()
-        pretrain(probe, task, start=module)
-        per_step = (time.process_time() - clock) / probe.steps
-        steps = max(1, round(cpu_s / per_step))
-        config = dataclasses.replace(self, steps=steps, seed=seed + 1)
         device = next(module.parameters()).device
-        return pretrain(config, task, start=module, device=device, progress=_teller(note))
+        probe = dataclasses.replace(self, steps=20, warmup=0, validate_every=20)
+        clock = time.process_time()
+        pretrain(probe, task, seed=seed + 1, start=module, device=device)
+        per_step = (time.process_time() - clock) / probe.steps
+        longer = dataclasses.replace(self, steps=max(1, round(cpu_s / per_step)))
+        tell = _teller(note)
+        return pretrain(longer, task, seed=seed + 1, start=module, device=device, progress=tell)
 
 
 def _teller(note: Callable[[str], None]) -> Callable[[Row], None]:
@@ -130,6 +127,7 @@ def pretrain(
     config: Pretrain,
     task: Task,
     *,
+    seed: int = 0,
     start: Transformer | None = None,
     device: torch.device | str = "cpu",
     progress: Callable[[Row], None] = lambda row: None,
@@ -139,6 +137,7 @@ def pretrain(
     Args:
         config: the model and its training.
         task: where the data comes from.
+        seed: of the initial weights, then of the batches and their noise.
         start: continue from a copy of this network instead of a new one.
         device: where to train.
         progress: told the losses at the start, every ``validate_every`` steps and at the end.
@@ -153,7 +152,7 @@ def pretrain(
             f"model of vocab_size {shape.vocab_size} and length {shape.length} for a task of "
             f"vocab_size {task.vocab_size} and length {task.length}; make them equal"
         )
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(seed)
     model = Transformer(shape, generator=generator) if start is None else copy.deepcopy(start)
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=config.weight_decay)
@@ -242,6 +241,7 @@ def cached_base(
     task: Task,
     cache_dir: Path,
     *,
+    seed: int = 0,
     device: torch.device | str = "cpu",
     progress: Callable[[Row], None] = lambda row: None,
 ) -> Transformer:
@@ -255,7 +255,8 @@ def cached_base(
         ValueError: the cached base is damaged.
         OSError: the cache cannot be written.
     """
-    folder = cache_dir / _key(config, task)
+    plain = {**dataclasses.asdict(config), "schedule": type(config.schedule).__name__, "seed": seed}
+    folder = cache_dir / _key(plain, task)
     if not folder.exists():
         rows: list[Row] = []
 
@@ -263,7 +264,8 @@ def cached_base(
             rows.append(row)
             progress(row)
 
-        _store(folder, config, pretrain(config, task, device=device, progress=log), rows)
+        model = pretrain(config, task, seed=seed, device=device, progress=log)
+        _store(folder, plain, model, rows)
     model = Transformer(config.model, generator=torch.Generator())
     try:
         model.load_state_dict(load_file(folder / "base.safetensors"))
@@ -275,27 +277,23 @@ def cached_base(
     return model.to(device)
 
 
-def _plain(config: Pretrain) -> dict[str, Any]:
-    return {**dataclasses.asdict(config), "schedule": type(config.schedule).__name__}
-
-
-def _key(config: Pretrain, task: Task) -> str:
-    """Hash of the configuration and of the data, which is all that the weights depend on."""
-    digest = hashlib.sha256(json.dumps(_plain(config), sort_keys=True).encode())
+def _key(plain: dict[str, Any], task: Task) -> str:
+    """Hash of configuration, seed and data, which is all that the weights depend on."""
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
     for split in ("train", "validation"):
         data = task.clean(split)
         digest.update(f"{split} {tuple(data.shape)}".encode() + data.long().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def _store(folder: Path, config: Pretrain, model: Transformer, rows: list[Row]) -> None:
+def _store(folder: Path, plain: dict[str, Any], model: Transformer, rows: list[Row]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".base-") as aside:
         whole = Path(aside) / "whole"
         whole.mkdir()
         weights = {name: value.cpu() for name, value in model.state_dict().items()}
         save_file(weights, whole / "base.safetensors")
-        log = {"config": _plain(config), "log": [dataclasses.asdict(row) for row in rows]}
+        log = {"config": plain, "log": [dataclasses.asdict(row) for row in rows]}
         (whole / "base.json").write_text(json.dumps(log, indent=1))
         try:
             os.replace(whole, folder)
