@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import re
@@ -254,6 +255,19 @@ def test_larger_grids_are_split_by_their_content_hash(side):
             assert split_of(renamed) == expected
             parts.add(part)
     assert {199, 200, 231, 232} <= parts
+
+
+@pytest.mark.parametrize("side, blanks", [(4, (6, 12)), (6, (10, 20))])
+def test_clean_limit_shows_fewer_training_grids_and_the_same_puzzles(side, blanks):
+    """The first training grids only; validation and test grids and all puzzles stay."""
+    all_of_them = Sudoku(side=side, blanks=blanks, pool=64, test_pool=8, validation_pool=8)
+    limited = dataclasses.replace(all_of_them, clean_limit=5)
+    assert torch.equal(limited.clean("train"), all_of_them.clean("train")[:5])
+    for split in ("validation", "test"):
+        assert torch.equal(limited.clean(split), all_of_them.clean(split))
+    index = torch.arange(64)
+    same = limited.prompts("train", index).tokens == all_of_them.prompts("train", index).tokens
+    assert bool(same.all())
 
 
 def test_clean_4x4_grids_are_the_whole_split():

@@ -63,6 +63,9 @@ class Sudoku(Task):
     """Distinct validation puzzles."""
     test_pool: int = 512
     """Distinct test puzzles."""
+    clean_limit: int | None = None
+    """Finished training grids shown by ``clean``, the first of them; None = all. Puzzles are of
+    every training grid all the same: solved examples may be scarce where rewards are not."""
     seed: int = 0
     """Draws the puzzles; has no say in which grid belongs to which split."""
     reward_weights: Mapping[str, float] = dataclasses.field(
@@ -79,9 +82,10 @@ class Sudoku(Task):
                 f"blanks is {self.blanks}; a {self.side}x{self.side} puzzle takes a range "
                 f"(fewest, most) within 1 to {MOST_BLANKS[self.side]}"
             )
-        for field in ("pool", "validation_pool", "test_pool"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} is {getattr(self, field)}; expected 1 puzzle or more")
+        for field in ("pool", "validation_pool", "test_pool", "clean_limit"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ValueError(f"{field} is {value}; expected 1 or more")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; expected 0 or more")
         _ = self.reward  # refuses weights of terms that do not exist
@@ -139,9 +143,12 @@ class Sudoku(Task):
         return self._as_prompts(torch.tensor(puzzles[rows]), torch.tensor(solutions[rows]))
 
     def clean(self, split: Split) -> Int[Tensor, "n L"]:
-        """4x4: every grid of the split. Larger: the solutions of its pool, duplicates removed."""
+        """4x4: every grid of the split. Larger: the solutions of its pool, duplicates removed.
+
+        Of the training split only the first ``clean_limit``.
+        """
         grids = grids_4x4(split) if self.side == 4 else np.unique(self._pool(split)[1], axis=0)
-        return torch.tensor(grids)
+        return torch.tensor(grids[: self.clean_limit] if split == "train" else grids)
 
     def gold(self, prompts: Prompts) -> Int[Tensor, "B L"]:
         """The solution of each puzzle."""
