@@ -115,9 +115,7 @@ class MlpBase(Base):
 class TransformerBase(Base):
     """An untrained transformer."""
 
-    config: TransformerConfig = TransformerConfig(
-        vocab_size=V, length=L, width=8, depth=1, heads=2
-    )
+    config: TransformerConfig = TransformerConfig(vocab_size=V, length=L, width=8, depth=1, heads=2)
 
     def build(
         self,

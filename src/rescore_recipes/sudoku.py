@@ -1,8 +1,9 @@
 """Sudoku: a masked-diffusion model that the project trains itself, improved by RL.
 
-Protocol of the 4x4 recipes: 11 or 12 blanks of 16 cells, unique solutions, splits by solution
-grid; 4 denoising steps in random order at temperature 1. The base solves fewer than half of such
-puzzles in 4 steps; with 6 to 12 blanks it solves three quarters, which leaves little room.
+Protocol of the 4x4 recipes: 6 to 12 blanks of 16 cells, unique solutions, splits by solution grid;
+4 denoising steps in random order at temperature 1. Solved examples are scarce, rewards are not: the
+base is trained on 48 of the 200 training grids, past the minimum of its validation loss, and RL
+meets puzzles of all 200, of which it learns nothing but the reward of what it wrote.
 """
 
 from __future__ import annotations
@@ -25,13 +26,17 @@ def sudoku_egspo() -> Run:
     return replace(
         sudoku_reinforce(),
         algorithm=Egspo(n_steps=2, beta=0.0),
-        steps=300,
     )
 
 
 def sudoku_reinforce() -> Run:
     """REINFORCE with a leave-one-out baseline on all 4 steps."""
-    task = Sudoku(side=4, blanks=(11, 12))
+    task = Sudoku(
+        side=4,
+        blanks=(6, 12),
+        clean_limit=48,
+        reward_weights={"cell_accuracy": 0.5, "solve_rate": 0.5},
+    )
     return Run(
         task=task,
         base=Pretrain(
@@ -39,10 +44,10 @@ def sudoku_reinforce() -> Run:
         ),
         decoder=Decoder(steps=4, order="random", temperature=1.0),
         algorithm=Reinforce(),
-        steps=200,
+        steps=400,
         batch_size=256,
         group_size=8,
-        optim=Optim(lr=1e-4),
+        optim=Optim(lr=2e-4),
         ema=0.95,
         evaluate=Evaluate(every=25, n=256, n_test=512, by="solve_rate"),
         save_every=25,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
 import torch
-from tiny import L, Match, V
 
 from rescore.evaluation.film import film_strip
 from rescore.models.tiny import TableDenoiser
@@ -14,6 +14,7 @@ from rescore.sampling.decoder import Decoder
 from rescore.sampling.policy import MaskedPolicy
 from rescore.sampling.record import Record
 from rescore.sampling.rng import SampleRng
+from tiny import L, Match, V
 
 
 @pytest.mark.parametrize("number", [0, 1])  # 21: its first digit is given; 22: nothing is
@@ -34,12 +35,13 @@ def test_frames_fill_up_from_the_prompt_to_the_output(number):
     frames = [frame["cells"] for frame in strip["frames"]]
     assert frames[0] == ["abc."[t].replace(".", "") for t in prompts.tokens[0].tolist()]
     assert frames[-1] == ["abc"[t] for t in path.x_0[0].tolist()]
-    for before, after in zip(frames[:-1], frames[1:], strict=True):
+    for before, after in itertools.pairwise(frames):
         assert all(a in ("", b) for a, b in zip(before, after, strict=True)), "nothing is erased"
     empty = [cells.count("") for cells in frames]
     assert empty == ([2, 1, 0, 0] if number == 0 else [3, 2, 1, 0])
     terms = task.reward.terms(path.x_0, prompts)
-    assert strip["note"] == f"matches {terms['matches'].item():.2f}, solved {terms['solved'].item():.2f}"
+    right, whole = terms["matches"].item(), terms["solved"].item()
+    assert strip["note"] == f"matches {right:.2f}, solved {whole:.2f}"
 
 
 def test_two_films_of_a_prompt_share_their_noise():

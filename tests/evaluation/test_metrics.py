@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import L, Match, V, tiny_run, tiny_world
 
 from rescore.evaluation.metrics import evaluate, mean_and_error, summarise
 from rescore.models.tiny import TableDenoiser
@@ -12,6 +11,7 @@ from rescore.sampling.decoder import Decoder
 from rescore.sampling.policy import MaskedPolicy
 from rescore.sampling.record import Record
 from rescore.sampling.rng import SampleRng
+from tiny import L, Match, V, tiny_run, tiny_world
 
 
 def table(scale: float = 1.0, seed: int = 0, *, steps: int = 1) -> MaskedPolicy:

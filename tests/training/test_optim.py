@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import L, MlpBase, V, last_checkpoint, rows, tiny_run, tiny_world
 from torch import Tensor, nn
 
 from rescore.models.finetune import Ema
@@ -15,6 +14,7 @@ from rescore.models.tiny import MlpDenoiser
 from rescore.training.log import Console
 from rescore.training.loop import train
 from rescore.training.optim import Optim, TrainingError, Updater
+from tiny import L, MlpBase, V, last_checkpoint, rows, tiny_run, tiny_world
 
 
 def updater(optim: Optim, n: int = 1) -> tuple[Updater, nn.Parameter]:
@@ -47,7 +47,8 @@ def test_gradients_are_shortened_to_the_bound_and_the_norm_before_is_returned():
         assert norm is not None
         assert norm.item() == pytest.approx(length)
         moment = up.optimizer.state[weight]["exp_avg"]
-        torch.testing.assert_close(moment, kept * moment.new_tensor([[0.6, -0.8]]), rtol=1e-5, atol=0)
+        expected = kept * moment.new_tensor([[0.6, -0.8]])
+        torch.testing.assert_close(moment, expected, rtol=1e-5, atol=0)
 
 
 def test_weight_decay_is_decoupled_and_gradients_are_cleared():

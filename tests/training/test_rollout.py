@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import L, Match, MlpBase, TransformerBase, V, solved, tiny_run, tiny_world
 from torch import Tensor, nn
 
 from rescore.algorithms.egspo import Egspo
@@ -30,6 +29,7 @@ from rescore.training.rollout import (
     rollout,
 )
 from rescore.types import Prompts, Scored
+from tiny import L, Match, MlpBase, TransformerBase, V, solved, tiny_run, tiny_world
 
 
 @pytest.mark.parametrize(("n", "size"), [(4, 15), (5, 15), (15, 15), (40, 15), (1, 1)])
@@ -213,7 +213,7 @@ def test_bfloat16_changes_the_network_but_not_the_precision_of_log_probs():
 
 
 def test_metrics_of_the_reference_are_annotated():
-    """EGSPO with a KL asks the reference once per step trained on; at the start it is the policy."""
+    """EGSPO with a KL asks the reference about every step trained on: the policy, at the start."""
     run = tiny_run(algorithm=Egspo(n_steps=2, beta=0.1))
     world = tiny_world(run)
     scored, _ = rollout(world, 0)

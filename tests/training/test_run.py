@@ -8,7 +8,6 @@ import math
 from dataclasses import replace
 
 import pytest
-from tiny import MlpBase, matches, tiny_run, tiny_world
 
 from rescore.algorithms.egspo import Egspo
 from rescore.algorithms.reinforce import Reinforce
@@ -17,6 +16,7 @@ from rescore.training.optim import Optim
 from rescore.training.rollout import batch_prompts, rollout
 from rescore.training.run import Evaluate, describe, differences
 from rescore.training.update import mini_batches, update
+from tiny import MlpBase, matches, tiny_run, tiny_world
 
 
 def test_the_tiny_run_is_accepted():

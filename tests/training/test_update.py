@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from tiny import TransformerBase, tiny_run, tiny_world
 from torch import Tensor
 
 from rescore.algorithms.egspo import Egspo
@@ -21,6 +20,7 @@ from rescore.training.run import Run
 from rescore.training.update import mini_batches, update
 from rescore.training.world import World
 from rescore.types import Credited, Prompts
+from tiny import TransformerBase, tiny_run, tiny_world
 
 CLIPPED = Egspo(n_steps=2, beta=0.1, clip_low=0.01, clip_high=0.02)
 """Bounds tight enough to be hit after one update."""
@@ -91,7 +91,7 @@ def test_the_gradient_is_that_of_the_weighted_loss():
     norm = torch.stack([grad.square().sum() for grad in expected]).sum().sqrt()
     metrics = update(world, credited, 0)
     assert metrics["gradient_norm"] == pytest.approx(norm.item(), rel=1e-12)
-    # The first step of Adam without its epsilon is lr times the sign; the moments hold the gradient.
+    # After one update Adam remembers a tenth of the gradient.
     for p, grad in zip(parameters, expected, strict=True):
         moment = world.updater.optimizer.state[p]["exp_avg"]
         torch.testing.assert_close(moment, 0.1 * grad, rtol=1e-10, atol=1e-15)
@@ -116,9 +116,7 @@ def test_mini_batches_cut_each_epoch_into_equal_shares_of_the_samples(n):
         assert orders[0] != orders[1] != orders[2] != orders[0], "epochs are shuffled anew"
         assert [p.tolist() for p in mini_batches(run, credited, 1)] != [p.tolist() for p in parts]
         other = replace(run, seed=1)
-        assert [p.tolist() for p in mini_batches(other, credited, 0)] != [
-            p.tolist() for p in parts
-        ]
+        assert [p.tolist() for p in mini_batches(other, credited, 0)] != [p.tolist() for p in parts]
     again = list(mini_batches(run, credited, 0))
     assert all(torch.equal(a, b) for a, b in zip(parts, again, strict=True))
 

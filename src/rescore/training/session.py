@@ -68,25 +68,26 @@ def start(run: Run, origin: Origin, out: Path, *, resume: bool) -> Path:
 
     main = accelerator.is_main_process
     with Console(origin.recipe, run.steps, enabled=main) as console:
-        if main:
+        if main and not resume:
             describe_directory(out, run, origin)
         module = build_base(run, accelerator, console.note)
         digest = weights_digest(module)
         world = build(run, module, accelerator)
         if step is not None:
             load_state(world, out / "checkpoints", step)
-        if resume:  # without a checkpoint: the run was stopped before its first one
-            if main:
-                for name in ("metrics.jsonl", "evaluations.jsonl"):
-                    MetricsFile(out / name).truncate_after(-1 if step is None else step)
-            console.note(f"resumed from step {world.state.step}")
-        accelerator.wait_for_everyone()
         if world.state.base_sha256 not in (None, digest):
             raise CheckpointError(
                 f"the base model differs from the one this run started from (sha256 {digest[:12]}, "
                 f"expected {str(world.state.base_sha256)[:12]}); restore it to resume"
             )
         world.state.base_sha256 = digest
+        if resume:  # without a checkpoint: the run was stopped before its first one
+            if main:
+                describe_directory(out, run, origin)
+                for name in ("metrics.jsonl", "evaluations.jsonl"):
+                    MetricsFile(out / name).truncate_after(-1 if step is None else step)
+            console.note(f"resumed from step {world.state.step}")
+        accelerator.wait_for_everyone()
         train(world, out, console)
         finish(world, origin, out, console)
     report = out / "report.html"

@@ -1,0 +1,94 @@
+"""The bench makes the same network calls as an RL step, and counts them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from rescore.algorithms.egspo import Egspo
+from rescore.models.finetune import Lora
+from rescore.training.bench import Recorder, Row, measure, print_rows
+from rescore.training.optim import Optim
+from tiny import TransformerBase, tiny_run, tiny_world
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows"),
+    [
+        # 3 forwards of 16 canvases; 3 steps of each in an update, those of equal groups left out
+        ({}, (48 + 24, 48 + 48)),
+        # the reference sees the 2 chosen steps once per rollout; every chosen step is trained on
+        ({"algorithm": Egspo(n_steps=2, beta=0.1)}, (48 + 32 + 30, 48 + 32 + 32)),
+        (
+            {
+                "algorithm": Egspo(n_steps=2, beta=0.1, kl="exact"),
+                "optim": Optim(epochs=2, mini_batches=2),
+                "base": TransformerBase(),
+                "lora": Lora(rank=2),
+            },
+            ((48 + 2 * 2 * 30) / 4, (48 + 2 * 2 * 32) / 4),
+        ),
+        ({"precision": "bfloat16", "base": TransformerBase()}, (48, 48 + 48)),
+    ],
+    ids=["reinforce", "egspo", "adapters", "bfloat16"],
+)
+def test_a_row_has_every_figure(changes, rows):
+    """All of them, with the rows of the network calls of an update."""
+    row = measure("tiny", tiny_run(**changes), repeats=5)
+    figures = dataclasses.asdict(row)
+    assert json.loads(json.dumps(figures)) == figures
+    assert figures.keys() >= {
+        *("recipe", "overhead", "rollout_s", "reward_s", "update_s", "bare_s", "rows", "peak_mb")
+    }
+    assert row.recipe == "tiny"
+    assert row.overhead > 0.9
+    assert rows[0] <= row.rows <= rows[1]
+    assert row.batch == 16
+    assert row.threads == torch.get_num_threads()
+    assert row.peak_mb > 10
+    assert min(row.rollout_s, row.reward_s, row.update_s, row.bare_s) > 0
+    assert row.other_s >= 0
+
+
+def test_few_repeats_are_refused():
+    with pytest.raises(ValueError, match="repeats=4; the median needs at least 5"):
+        measure("tiny", tiny_run(), repeats=4)
+
+
+def test_a_run_that_cannot_work_is_refused():
+    with pytest.raises(ValueError, match="batch_size=18 is not divisible"):
+        measure("tiny", tiny_run(batch_size=18))
+
+
+def test_the_recorder_passes_calls_on_and_notes_them():
+    """Same logits; whether gradients were on, and the inputs."""
+    network = tiny_world(tiny_run()).models.new.denoiser
+    recorder = Recorder(network)
+    x_t = tiny_run().task.prompts("train", torch.arange(5)).tokens
+    positions = torch.zeros(5, 1, dtype=torch.long)
+    with torch.no_grad():
+        assert torch.equal(
+            recorder.predict(x_t, positions=positions), network.predict(x_t, positions=positions)
+        )
+    recorder.predict(x_t)
+    assert [call[0] for call in recorder.calls] == [False, True]
+    assert all(call[1] is x_t for call in recorder.calls)
+    assert recorder.calls[0][3] is positions
+    assert recorder.rows == 10
+    assert (recorder.vocab_size, recorder.mask_id) == (network.vocab_size, network.mask_id)
+
+
+def test_the_table_shows_every_row(capsys):
+    figures = {f.name: 1.5 for f in dataclasses.fields(Row)} | {
+        "recipe": "one",
+        "batch": 16,
+        "threads": 1,
+    }
+    print_rows([Row(**figures), Row(**{**figures, "recipe": "two"})])
+    printed = capsys.readouterr().out
+    assert "one" in printed
+    assert "two" in printed
+    assert "overhead" in printed

@@ -1,0 +1,219 @@
+"""The loop: what is evaluated, which checkpoints stay, and that it learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from rescore.algorithms.egspo import Egspo
+from rescore.evaluation.metrics import evaluate
+from rescore.models.finetune import Lora
+from rescore.sampling.decoder import Decoder
+from rescore.training import checkpoint
+from rescore.training.log import Console
+from rescore.training.loop import EVALUATION_SEED, evaluate_split, train
+from rescore.training.optim import Optim
+from rescore.training.run import Evaluate, Run
+from rescore.training.session import load_best
+from rescore.training.world import World, load_weights, save_state
+from rescore.types import Prompts
+from tiny import MlpBase, TransformerBase, last_checkpoint, rows, tiny_run, tiny_world
+
+
+def trained(run: Run, out: Path) -> World:
+    run.check()
+    world = tiny_world(run)
+    train(world, out, Console("", run.steps, enabled=False))
+    return world
+
+
+def weights(world: World) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in world.module.named_parameters()}
+
+
+def always_a(outputs: Tensor, prompts: Prompts) -> Tensor:
+    """Fraction of tokens that are 'a': easy to learn."""
+    return (outputs == 0).double().mean(1)
+
+
+def easy(**changes) -> Run:
+    task = tiny_run().task
+    return tiny_run(
+        task=type(task)(functions={"a": always_a}),
+        decoder=Decoder(steps=3, temperature=1.0),
+        steps=40,
+        batch_size=64,
+        save_every=40,
+        evaluate=Evaluate(every=10, n=6, n_test=6),
+        optim=Optim(lr=0.05, warmup=0),
+        **changes,
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"algorithm": Egspo(n_steps=2, beta=0.0), "precision": "float32"},
+        {"base": TransformerBase(), "precision": "bfloat16"},
+        {"base": TransformerBase(), "lora": Lora(rank=4, targets=("up", "down", "head"))},
+        {"ema": 0.8},
+    ],
+    ids=["reinforce", "egspo", "bfloat16", "adapters", "average"],
+)
+def test_it_learns(changes, tmp_path):
+    """The reward rises on training prompts and on validation, in every mode of training."""
+    trained(easy(**changes), tmp_path)
+    metrics = rows(tmp_path / "metrics.jsonl")
+    first, last = metrics[0]["reward"], metrics[-1]["reward"]
+    assert last > first + 0.25
+    values = [row["metrics"]["reward"]["mean"] for row in rows(tmp_path / "evaluations.jsonl")]
+    assert values[-1] > values[0] + 0.2
+
+
+def test_evaluations_are_on_time_and_choose_the_best(tmp_path):
+    """At the start, every ``every`` steps and at the end; the first of equals is kept."""
+    run = tiny_run(steps=9, evaluate=Evaluate(every=4, n=6, n_test=6, by="matches"))
+    world = trained(run, tmp_path)
+    found = rows(tmp_path / "evaluations.jsonl")
+    assert [row["step"] for row in found] == [0, 4, 8, 9]
+    values = {row["step"]: row["metrics"]["matches"]["mean"] for row in found}
+    best = max(values.values())
+    assert world.state.best_value == best
+    assert world.state.best_step == min(s for s, v in values.items() if v == best)
+
+
+def best_at_4(**changes) -> Run:
+    """Validation, every 2 steps, is worth 0, 0.5, 1, and 0.25 ever after."""
+    worth = iter([0.0, 0.5, 1.0, 0.25, 0.25, 0.25, 0.25])
+
+    def scripted(outputs: Tensor, prompts: Prompts) -> Tensor:
+        shift = next(worth) if len(outputs) == 6 else 0.0
+        return shift + always_a(outputs, prompts) / 1000
+
+    task = type(tiny_run().task)(functions={"worth": scripted})
+    return tiny_run(task=task, steps=12, **changes)
+
+
+def test_the_best_checkpoint_survives_and_the_last_ones_are_kept(tmp_path):
+    """Best of 12 steps at 4; of the others the last three saves stay."""
+    world = trained(best_at_4(save_every=1, keep_last=3), tmp_path)
+    assert world.state.best_step == 4
+    assert checkpoint.steps(tmp_path / "checkpoints") == [4, 10, 11, 12]
+    assert last_checkpoint(tmp_path).state["train"]["best_step"] == 4
+
+
+def test_the_best_is_saved_when_no_save_is_due(tmp_path):
+    """Its weights are needed at the end."""
+    trained(best_at_4(save_every=100, keep_last=1), tmp_path)
+    assert checkpoint.steps(tmp_path / "checkpoints") == [4, 12]
+
+
+def test_the_best_of_a_run_that_averages_is_the_average(tmp_path):
+    """``load_best`` gives the averages of the best step, which are what was evaluated then."""
+    run = tiny_run(ema=0.8, steps=6, batch_size=64, evaluate=Evaluate(every=2, n=6, n_test=6))
+    world = trained(run, tmp_path)
+    folder = tmp_path / "checkpoints"
+    for step in (4, 6):
+        world.state.best_step = step
+        saved = checkpoint.load(folder, step)
+        load_best(world, folder)
+        for name, p in world.module.named_parameters():
+            assert torch.equal(p, saved.tensors["ema"][name])
+            assert not torch.equal(p, saved.tensors["model"][name])
+        values = evaluate(
+            world.models.new, run.task, "validation", torch.arange(6), seed=run.seed ^ 0x5EED
+        )
+        row = next(r for r in rows(tmp_path / "evaluations.jsonl") if r["step"] == step)
+        assert values["reward"].mean().item() == row["metrics"]["reward"]["mean"]
+
+
+def test_the_average_is_the_recursion_over_the_weights_after_each_update(tmp_path):
+    """a <- d a + (1 - d) theta with d = min(decay, (1 + n) / (10 + n))."""
+    run = tiny_run(ema=0.15, save_every=1, keep_last=9)
+    expected = weights(tiny_world(run))
+    trained(run, tmp_path)
+    for n in range(4):
+        saved = checkpoint.load(tmp_path / "checkpoints", n + 1)
+        decay = min(0.15, (1 + n) / (10 + n))
+        for name, theta in saved.tensors["model"].items():
+            expected[name] = decay * expected[name] + (1 - decay) * theta
+            torch.testing.assert_close(saved.tensors["ema"][name], expected[name])
+
+
+def test_evaluation_uses_the_average_and_leaves_the_weights(tmp_path):
+    """Inside, the module holds the average; afterwards its own weights, bitwise."""
+    world = trained(tiny_run(ema=0.8), tmp_path)
+    own = weights(world)
+    with world.averaged():
+        averaged = weights(world)
+        direct = evaluate(
+            world.models.new, world.run.task, "test", torch.arange(6), seed=EVALUATION_SEED
+        )
+    values = evaluate_split(world, "test", 6)
+    for name, value in own.items():
+        assert torch.equal(value, dict(world.module.named_parameters())[name])
+        assert not torch.equal(value, averaged[name])
+    assert {n: v.tolist() for n, v in values.items()} == {n: v.tolist() for n, v in direct.items()}
+
+
+def test_more_prompts_than_a_split_has_are_all_of_them():
+    values = evaluate_split(tiny_world(tiny_run()), "test", 1000)
+    assert {len(value) for value in values.values()} == {6}
+
+
+def test_another_network_can_be_evaluated_in_its_place():
+    """The base beside the trained one, on the same noise; its own weights are not touched."""
+    run = tiny_run(ema=0.8, seed=1)
+    world, other = tiny_world(tiny_run(seed=2)), tiny_world(run)
+    expected = evaluate_split(tiny_world(tiny_run(seed=1)), "test", 6)
+    found = evaluate_split(other, "test", 6, network=world.models.new.denoiser)
+    same = evaluate_split(other, "test", 6, network=tiny_world(run).models.new.denoiser)
+    assert torch.equal(same["matches"], expected["matches"])
+    assert not torch.equal(found["matches"], expected["matches"])
+
+
+def test_adapters_only_are_checkpointed(tmp_path):
+    """The base is frozen, so it is not copied into every checkpoint."""
+    run = tiny_run(base=TransformerBase(), lora=Lora(rank=2, alpha=4))
+    world = trained(run, tmp_path)
+    saved = last_checkpoint(tmp_path)
+    assert saved.tensors["model"].keys() == {n for n in weights(world) if ".lora_" in n}
+    assert saved.tensors["optimizer"].keys() == {
+        f"{name}.{key}"
+        for name in saved.tensors["model"]
+        for key in ("step", "exp_avg", "exp_avg_sq")
+    }
+
+
+def test_a_checkpoint_with_other_shapes_is_refused():
+    """By the name of the parameter."""
+    world = tiny_world(tiny_run())
+    tensors = {name: tensor[:1] for name, tensor in weights(world).items()}
+    with pytest.raises(checkpoint.CheckpointError, match="'weight_in' is missing or has another"):
+        load_weights(world.module, tensors)
+
+
+def test_groups_of_equal_rewards_are_counted(tmp_path):
+    """The fraction of samples in such groups; a batch of nothing else trains nothing."""
+    task = type(tiny_run().task)(functions={"worth": lambda outputs, prompts: [1.0] * len(outputs)})
+    world = tiny_world(tiny_run(task=task))
+    before = weights(world)
+    train(world, tmp_path, Console("", 4, enabled=False))
+    metrics = rows(tmp_path / "metrics.jsonl")
+    assert [row["zero_variance_groups"] for row in metrics] == [1.0] * 4
+    assert all(row["gradient_norm"] is None for row in metrics)
+    for name, p in world.module.named_parameters():
+        assert torch.equal(p, before[name])
+
+
+def test_saving_twice_replaces(tmp_path):
+    """A step may be saved again, as after Ctrl-C in a step that was just saved."""
+    world = tiny_world(tiny_run(base=MlpBase()))
+    world.state.best_step = 0
+    for _ in range(2):
+        save_state(world, tmp_path)
+    assert checkpoint.steps(tmp_path) == [0]
