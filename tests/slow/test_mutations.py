@@ -1,7 +1,8 @@
 """Plant classic mistakes in a copy of the source, one at a time: the named test must fail.
 
-Each mistake was made in some public code base for RL on diffusion models, or is one we could make. The
-patch is exact text, so a refactoring that moves it makes this test fail loudly and not pass silently.
+Each mistake was made in some public code base for RL on diffusion models, or is one we could make.
+The patch is exact text, so a refactoring that moves it makes this test fail loudly, not pass
+silently.
 """
 
 from __future__ import annotations
@@ -116,7 +117,11 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         name="ties broken unlike the sampler",
         file="rescore/processes/masked.py",
-        old="    loses = (confidence < lowest[..., None]) | (\n        (confidence == lowest[..., None]) & (row > last)[..., None]\n    )",
+        old=(
+            "    loses = (confidence < lowest[..., None]) | (\n"
+            "        (confidence == lowest[..., None]) & (row > last)[..., None]\n"
+            "    )"
+        ),
         new="    loses = confidence < lowest[..., None]",
         test="tests/processes/test_masked.py::test_low_confidence_is_the_law_of_the_remasking_rule[identical-1]",
     ),

@@ -10,7 +10,7 @@ import torch
 
 from rescore.algorithms.egspo import Egspo
 from rescore.models.finetune import Lora
-from rescore.training.bench import Recorder, Row, measure, print_rows
+from rescore.training.bench import Recorder, measure, print_rows
 from rescore.training.optim import Optim
 from tiny import TransformerBase, tiny_run, tiny_world
 
@@ -82,12 +82,8 @@ def test_the_recorder_passes_calls_on_and_notes_them():
 
 
 def test_the_table_shows_every_row(capsys):
-    figures = {f.name: 1.5 for f in dataclasses.fields(Row)} | {
-        "recipe": "one",
-        "batch": 16,
-        "threads": 1,
-    }
-    print_rows([Row(**figures), Row(**{**figures, "recipe": "two"})])
+    one = measure("one", tiny_run(), repeats=5)
+    print_rows([one, dataclasses.replace(one, recipe="two")])
     printed = capsys.readouterr().out
     assert "one" in printed
     assert "two" in printed

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -12,15 +15,15 @@ from rescore.algorithms.egspo import Egspo
 from rescore.evaluation.metrics import evaluate
 from rescore.models.finetune import Lora
 from rescore.sampling.decoder import Decoder
-from rescore.training import checkpoint
+from rescore.training import checkpoint, loop
 from rescore.training.log import Console
-from rescore.training.loop import EVALUATION_SEED, evaluate_split, train
+from rescore.training.loop import EVALUATION_SEED, evaluate_split, graceful_stop, train
 from rescore.training.optim import Optim
 from rescore.training.run import Evaluate, Run
 from rescore.training.session import load_best
 from rescore.training.world import World, load_weights, save_state
 from rescore.types import Prompts
-from tiny import MlpBase, TransformerBase, last_checkpoint, rows, tiny_run, tiny_world
+from tiny import Match, MlpBase, TransformerBase, last_checkpoint, rows, tiny_run, tiny_world
 
 
 def trained(run: Run, out: Path) -> World:
@@ -40,9 +43,8 @@ def always_a(outputs: Tensor, prompts: Prompts) -> Tensor:
 
 
 def easy(**changes) -> Run:
-    task = tiny_run().task
     return tiny_run(
-        task=type(task)(functions={"a": always_a}),
+        task=Match(functions={"a": always_a}),
         decoder=Decoder(steps=3, temperature=1.0),
         steps=40,
         batch_size=64,
@@ -87,14 +89,14 @@ def test_evaluations_are_on_time_and_choose_the_best(tmp_path):
 
 
 def best_at_4(**changes) -> Run:
-    """Validation, every 2 steps, is worth 0, 0.5, 1, and 0.25 ever after."""
-    worth = iter([0.0, 0.5, 1.0, 0.25, 0.25, 0.25, 0.25])
+    """Validation, every 2 steps, is worth 0, 0.5, 1 and never more; 1 once again at step 8."""
+    worth = iter([0.0, 0.5, 1.0, 0.25, 1.0, 0.25, 0.25])
 
     def scripted(outputs: Tensor, prompts: Prompts) -> Tensor:
-        shift = next(worth) if len(outputs) == 6 else 0.0
-        return shift + always_a(outputs, prompts) / 1000
+        validation = len(outputs) == 6
+        return torch.full((6,), next(worth)) if validation else always_a(outputs, prompts)
 
-    task = type(tiny_run().task)(functions={"worth": scripted})
+    task = Match(functions={"worth": scripted})
     return tiny_run(task=task, steps=12, **changes)
 
 
@@ -145,19 +147,21 @@ def test_the_average_is_the_recursion_over_the_weights_after_each_update(tmp_pat
 
 
 def test_evaluation_uses_the_average_and_leaves_the_weights(tmp_path):
-    """Inside, the module holds the average; afterwards its own weights, bitwise."""
+    """Weights far from the average do not show; they are there again afterwards, bitwise."""
     world = trained(tiny_run(ema=0.8), tmp_path)
+    before = evaluate_split(world, "test", 6)
+    with torch.no_grad():
+        for p in world.module.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)), alpha=9.0)
     own = weights(world)
-    with world.averaged():
-        averaged = weights(world)
-        direct = evaluate(
-            world.models.new, world.run.task, "test", torch.arange(6), seed=EVALUATION_SEED
-        )
-    values = evaluate_split(world, "test", 6)
-    for name, value in own.items():
-        assert torch.equal(value, dict(world.module.named_parameters())[name])
-        assert not torch.equal(value, averaged[name])
-    assert {n: v.tolist() for n, v in values.items()} == {n: v.tolist() for n, v in direct.items()}
+    direct = evaluate(
+        world.models.new, world.run.task, "test", torch.arange(6), seed=EVALUATION_SEED
+    )
+    after = evaluate_split(world, "test", 6)
+    assert torch.equal(after["matches"], before["matches"])
+    assert not torch.equal(direct["matches"], before["matches"])
+    for name, p in world.module.named_parameters():
+        assert torch.equal(p, own[name])
 
 
 def test_more_prompts_than_a_split_has_are_all_of_them():
@@ -197,9 +201,22 @@ def test_a_checkpoint_with_other_shapes_is_refused():
         load_weights(world.module, tensors)
 
 
+def test_ctrl_c_twice_stops_at_once(monkeypatch):
+    """But not when both come within a moment, as the launcher of several processes sends them."""
+    monkeypatch.setattr(loop, "SAME_REQUEST_S", 0.05)
+    with graceful_stop() as stopping:
+        assert not stopping()
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stopping()
+        time.sleep(0.06)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_groups_of_equal_rewards_are_counted(tmp_path):
     """The fraction of samples in such groups; a batch of nothing else trains nothing."""
-    task = type(tiny_run().task)(functions={"worth": lambda outputs, prompts: [1.0] * len(outputs)})
+    task = Match(functions={"worth": lambda outputs, prompts: [1.0] * len(outputs)})
     world = tiny_world(tiny_run(task=task))
     before = weights(world)
     train(world, tmp_path, Console("", 4, enabled=False))

@@ -18,9 +18,9 @@ from tiny import L, MlpBase, V, last_checkpoint, rows, tiny_run, tiny_world
 
 
 def updater(optim: Optim, n: int = 1) -> tuple[Updater, nn.Parameter]:
-    module = nn.Linear(n, 1, bias=False, dtype=torch.float64)
-    nn.init.zeros_(module.weight)
-    return Updater(module, optim, Accelerator(cpu=True), None), module.weight
+    weight = nn.Parameter(torch.zeros(1, n, dtype=torch.float64))
+    module = nn.ParameterDict({"weight": weight})
+    return Updater(module, optim, Accelerator(cpu=True), None), weight
 
 
 ZERO = torch.zeros((), dtype=torch.float64)

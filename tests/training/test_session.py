@@ -20,7 +20,7 @@ from rescore.models.finetune import Lora
 from rescore.rewards.reward import RewardError
 from rescore.training import checkpoint
 from rescore.training.checkpoint import CheckpointError
-from rescore.training.directory import Origin
+from rescore.training.directory import Origin, read_run
 from rescore.training.log import MetricsFile
 from rescore.training.loop import Interrupted
 from rescore.training.optim import Optim
@@ -116,6 +116,15 @@ def test_a_killed_run_resumes_bitwise(variant, straight, tmp_path):
     assert results(straight(variant)) == results(tmp_path / "killed")
 
 
+def test_a_run_killed_in_its_first_step_evaluates_the_base_once(straight, tmp_path):
+    """The checkpoint of step 0 has been evaluated already."""
+    with pytest.raises(Killed):
+        session(acting(tiny_run(), 0, kill), tmp_path / "run")
+    assert last_checkpoint(tmp_path / "run").step == 0
+    session(tiny_run(), tmp_path / "run", resume=True)
+    assert_same_run(straight("plain"), tmp_path / "run")
+
+
 def results(out: Path) -> dict[str, Any]:
     """The table at the end, without clocks, and the film."""
     result = json.loads((out / "result.json").read_text())
@@ -147,6 +156,7 @@ def test_a_run_that_is_extended_equals_the_longer_one(variant, straight, tmp_pat
     session(replace(run, steps=2), tmp_path / "run")
     session(run, tmp_path / "run", resume=True)
     assert_same_run(straight(variant), tmp_path / "run")
+    assert read_run(tmp_path / "run")["config"]["steps"] == 4
 
 
 def test_extending_between_evaluations_adds_one_row_and_changes_no_weight(straight, tmp_path):
@@ -326,6 +336,17 @@ def test_rows_say_what_they_are(straight):
     assert all(row["split"] == "validation" and row["n"] == 6 for row in evaluations)
     assert evaluations[0]["metrics"].keys() == {"reward", "matches", "solved"}
     assert evaluations[0]["metrics"]["reward"].keys() == {"mean", "se"}
+
+
+def test_an_output_directory_that_cannot_be_used_is_refused(tmp_path):
+    """Not empty, or below a regular file; nothing in it is touched."""
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty"):
+        session(tiny_run(), tmp_path)
+    with pytest.raises(ValueError, match="file is a file; choose another directory"):
+        session(tiny_run(), tmp_path / "file" / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_the_directory_of_a_run(straight):

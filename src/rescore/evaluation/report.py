@@ -152,6 +152,8 @@ class Comparison:
     split: str
     protocol: str
     rows: Sequence[Row]
+    metrics: Sequence[str]
+    """Names in the order of the columns; the first is the one that counts."""
 
     @classmethod
     def read(cls, path: Path) -> Comparison | None:
@@ -176,15 +178,12 @@ class Comparison:
             rows.append(Row(item["label"], values, differences, plots.finite(item.get("cpu_s"))))
         if not rows:
             raise ValueError(f"{path} has no rows; expected one for the base model at least")
-        return cls(result["n"], result["split"], result["protocol"], rows)
-
-    @property
-    def metrics(self) -> list[str]:
-        return list(self.rows[0].values)
+        names = sorted(rows[0].values, key=lambda name: name != result.get("headline"))
+        return cls(result["n"], result["split"], result["protocol"], rows, names)
 
     @property
     def gaps(self) -> list[tuple[str, Estimate]]:
-        """By how much the last row exceeds each row before it, in the first metric."""
+        """By how much the last row exceeds each row before it, in the metric that counts."""
         *others, last = self.rows
         name = self.metrics[0]
         return [(row.label, last.values[name] - row.values[name]) for row in others]

@@ -82,7 +82,7 @@ def train(world: World, out: Path, console: Console) -> None:
         world.accelerator.wait_for_everyone()
         saved = state.step
 
-    if state.step == 0:
+    if state.best_step is None:  # a new run, and not one that continues from its first checkpoint
         assess()
         save()
     console.start_at(state.step)

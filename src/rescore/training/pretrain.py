@@ -96,10 +96,14 @@ class Pretrain(Base):
     ) -> Transformer:
         assert isinstance(module, Transformer)
         device = next(module.parameters()).device
-        probe = dataclasses.replace(self, steps=20, warmup=0, validate_every=20)
-        clock = time.process_time()
-        pretrain(probe, task, seed=seed + 1, start=module, device=device)
-        per_step = (time.process_time() - clock) / probe.steps
+        clock: list[float] = []  # at each row of a short trial, so that validation is timed too
+
+        def tick(row: Row) -> None:
+            clock.append(time.process_time())
+
+        trial = dataclasses.replace(self, steps=self.validate_every, warmup=0)
+        pretrain(trial, task, seed=seed + 1, start=module, device=device, progress=tick)
+        per_step = (clock[-1] - clock[0]) / trial.steps
         longer = dataclasses.replace(self, steps=max(1, round(cpu_s / per_step)))
         tell = _teller(note)
         return pretrain(longer, task, seed=seed + 1, start=module, device=device, progress=tell)

@@ -148,10 +148,11 @@ def finish(world: World, origin: Origin, out: Path, console: Console) -> None:
             "split": "test",
             "protocol": str(run.decoder),
             "best_step": world.state.best_step,
+            "headline": run.evaluate.by,
             "rows": rows,
         }
         write_json(out / "result.json", result)
-        changed = (before["reward"] != after["reward"]).nonzero()
+        changed = (before[run.evaluate.by] != after[run.evaluate.by]).nonzero()
         write_film(world, base, best, int(changed[0]) if len(changed) else 0, out)
         for row in rows:
             console.note(result_line(row))
@@ -168,7 +169,7 @@ def load_best(world: World, directory: Path) -> None:
 
 
 def write_film(world: World, base: Denoiser, best: Denoiser, number: int, out: Path) -> None:
-    """Film one test prompt before and after on the same noise: the first whose reward changed."""
+    """Film one test prompt before and after on the same noise: the first whose outcome changed."""
     run = world.run
     with world.autocast():
         strips = [
@@ -184,7 +185,7 @@ def write_film(world: World, base: Denoiser, best: Denoiser, number: int, out: P
             for label, network in (("before", base), ("after", best))
         ]
     film = {
-        "title": f"Test prompt {number}, the first whose reward changed; {run.decoder}",
+        "title": f"Test prompt {number}, the first whose {run.evaluate.by} changed; {run.decoder}",
         "puzzle": dataclasses.asdict(run.task.layout),
         "strips": strips,
     }
