@@ -3,7 +3,7 @@
     python benchmarks/sudoku.py --out runs/benchmark     # about 15 CPU-minutes
 
 Each seed trains its own base and its own policy. Numbers are means over seeds of the mean over 512
-test puzzles; standard errors are over seeds. Runs that are in the output directory are not repeated.
+test puzzles; standard errors are over seeds. Runs already in the output directory are kept.
 """
 
 from __future__ import annotations

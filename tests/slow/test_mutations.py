@@ -181,6 +181,43 @@ MUTATIONS: list[Mutation] = [
         new="return ((bits.double() + 0.5) * 2.0**-52).bfloat16().double()",
         test="tests/sampling/test_rng.py::test_a_diffuse_tail_is_drawn_with_its_mass",
     ),
+    Mutation(
+        name="loss averaged over the micro-batch",
+        file="rescore/training/update.py",
+        old="weight = actions.weight * (0.0 if idle else run.optim.mini_batches)",
+        new="weight = actions.weight * run.optim.mini_batches / len(chunk)",
+        test="tests/training/test_update.py::test_the_micro_batch_changes_nothing",
+    ),
+    Mutation(
+        name="every process trains on every pair",
+        file="rescore/training/update.py",
+        old="mine = pairs[accelerator.process_index :: accelerator.num_processes]",
+        new="mine = pairs",
+        test="tests/training/test_processes.py::test_two_processes_equal_one_in_float64",
+    ),
+    Mutation(
+        name="same prompts for every seed",
+        file="rescore/training/rollout.py",
+        old="permutation(size, (seed, 0, epoch))",
+        new="permutation(size, (0, epoch))",
+        test="tests/training/test_rollout.py"
+        "::test_the_prompts_of_a_step_depend_on_seed_and_step_only",
+    ),
+    Mutation(
+        name="averaged weights forgotten on resume",
+        file="rescore/training/world.py",
+        old='updater.ema.load_state_dict(saved.tensors["ema"])',
+        new="pass",
+        test="tests/training/test_session.py::test_a_killed_run_resumes_bitwise",
+    ),
+    Mutation(
+        name="best checkpoint pruned",
+        file="rescore/training/world.py",
+        old="keep = [] if state.best_step is None else [state.best_step]",
+        new="keep = []",
+        test="tests/training/test_loop.py"
+        "::test_the_best_checkpoint_survives_and_the_last_ones_are_kept",
+    ),
 ]
 
 

@@ -22,14 +22,15 @@ def kl_estimate(
     new)). The gradients are those for actions drawn from the new policy and given states.
 
     Source: Schulman, joschu.net/blog/kl-approx.html; the gradients are checked by enumeration in
-    ``tests/objectives``. Steps that are impossible under the new policy contribute 0.
+    ``tests/objectives``. Steps that are impossible under either policy contribute 0 (under the
+    reference alone, where the true KL is infinite, too).
 
     Args:
         log_prob: log pi_new(a | s), nats. Gradients flow through it.
         log_prob_ref: log pi_ref(a | s), nats.
         estimator: which of the three.
     """
-    possible = log_prob.isfinite() & log_prob_ref.isfinite()
+    possible = (log_prob != -torch.inf) & (log_prob_ref != -torch.inf)
     d = torch.where(possible, log_prob_ref.detach() - log_prob, 0.0)
     if estimator == "k1":
         return -d

@@ -24,7 +24,7 @@ def score_function(
         log_prob_old: log pi_old(a | s), nats, as recorded.
         advantage: reward units.
     """
-    possible = log_prob.isfinite()
+    possible = log_prob != -torch.inf
     loss = -advantage.detach() * torch.where(possible, log_prob, 0.0)
     return Terms(loss=loss, metrics=ratio_metrics(log_prob, log_prob_old))
 
@@ -67,6 +67,6 @@ def ratio_metrics(
     out of it.
     """
     log_ratio = (log_prob - log_prob_old).detach()
-    possible = log_ratio.isfinite()
+    possible = log_ratio != -torch.inf
     k3 = torch.where(possible, log_ratio.exp() - 1 - log_ratio, 0.0)
     return {"ratio": log_ratio.exp(), "kl_old_new": k3, "impossible": (~possible).to(k3.dtype)}

@@ -80,7 +80,8 @@ class SampleRng:
         if cdf.dtype == torch.float32:  # rounded down to 24 bits, so that u stays below 1
             u = (u * 2.0**24).floor() * 2.0**-24
         threshold = u.to(cdf.dtype) * cdf[..., -1]
-        return torch.searchsorted(cdf, threshold[..., None], right=True).squeeze(-1)
+        token = torch.searchsorted(cdf, threshold[..., None], right=True).squeeze(-1)
+        return token.clamp(max=probs.shape[-1] - 1)  # NaN probabilities are reported by the trainer
 
     def ordered(
         self, log_weight: Float[Tensor, "B R"], n: int, step: int, where: Int[Tensor, "B R"]

@@ -12,7 +12,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from rescore.objectives.advantages import zero_variance
 from rescore.rewards.reward import RewardError
 from rescore.sampling.policy import MaskedPolicy
 from rescore.tasks.task import Split
-from rescore.training.log import Console, MetricsFile
+from rescore.training.log import Console, MetricsFile, Sink, TensorBoard
 from rescore.training.rollout import probe, rollout
 from rescore.training.update import update
 from rescore.training.world import TrainState, World, save_state
@@ -52,7 +52,9 @@ def train(world: World, out: Path, console: Console) -> None:
         StorageError: the disk refused; earlier checkpoints are intact.
     """
     run, state, main = world.run, world.state, world.accelerator.is_main_process
-    metrics_file = MetricsFile(out / "metrics.jsonl") if main else None
+    sinks: list[Sink] = [MetricsFile(out / "metrics.jsonl")] if main else []
+    if main and run.tensorboard:
+        sinks.append(TensorBoard(out / "tensorboard", start=state.step))
     evaluations = MetricsFile(out / "evaluations.jsonl") if main else None
     started, probed, saved = time.perf_counter() - state.elapsed_s, False, state.step
 
@@ -86,7 +88,10 @@ def train(world: World, out: Path, console: Console) -> None:
         assess()
         save()
     console.start_at(state.step)
-    with graceful_stop() as stopping:
+    with ExitStack() as stack:
+        stopping = stack.enter_context(graceful_stop())
+        for sink in sinks:
+            stack.callback(sink.close)
         while state.step < run.steps:
             clock, cpu = time.perf_counter(), time.process_time()
             try:
@@ -118,8 +123,8 @@ def train(world: World, out: Path, console: Console) -> None:
                 **{name: value for name, value in times.items() if name.startswith("time/")},
                 "time/samples_per_s": run.batch_size / seconds,
             }
-            if metrics_file is not None:
-                metrics_file.log(row)
+            for sink in sinks:
+                sink.log(row)
             console.update(state.step, row)
             last, stop = state.step == run.steps, world.anywhere(stopping())
             if last or state.step % run.evaluate.every == 0:

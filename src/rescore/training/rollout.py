@@ -78,6 +78,11 @@ def rollout(world: World, step: int) -> tuple[Scored, dict[str, float]]:
     with world.autocast():
         scored = run.algorithm.annotate(world.models, scored)
     scored = gather(accelerator, scored)
+    if not bool(scored.trajectory.log_prob.isfinite().all()):
+        raise TrainingError(
+            f"step {step}: the network gave logits that are not finite, so nothing can be sampled; "
+            f"lower optim.lr, or use --precision float32, and resume from an earlier checkpoint"
+        )
     clock.append((time.perf_counter(), time.process_time()))
     seconds: dict[str, float] = {}
     parts = ("rollout", "reward", "annotate")

@@ -68,10 +68,12 @@ class Run:
     """Steps between checkpoints."""
     keep_last: int = 2
     """Latest checkpoints kept, besides the best on validation."""
+    tensorboard: bool = False
+    """Also write the metrics as TensorBoard events; needs the extra ``logging``."""
     seed: int = 0
     """Seeds everything: the base that is trained, prompts, rollouts and evaluation noise."""
     device: str = "cpu"
-    """A torch device: cpu, cuda, cuda:1, mps."""
+    """A torch device: cpu, cuda, cuda:1."""
     precision: Precision = "float32"
     """Of the network."""
 
@@ -121,8 +123,8 @@ class Run:
                 f"device '{self.device}' cannot be used here ({str(error).splitlines()[0]}); "
                 f"try --device cpu"
             ) from error
-        if device.type == "mps" and self.precision == "float64":
-            raise ValueError("precision float64 does not exist on mps; use --device cpu")
+        if device.type == "mps":
+            raise ValueError("device mps has no float64, which noise is drawn in; use --device cpu")
         self.algorithm.check(self.decoder, self.group_size)
 
 

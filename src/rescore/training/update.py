@@ -15,6 +15,7 @@ from rescore.training.run import Run
 from rescore.training.world import World
 from rescore.types import Credited, Terms
 
+
 def mini_batches(run: Run, credited: Credited, step: int) -> Iterator[Tensor]:
     """The pairs of each update in turn: equal shares of the samples, shuffled in every epoch."""
     pairs, optim = credited.pairs(), run.optim
