@@ -14,6 +14,7 @@ import resource
 import statistics
 import time
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,6 +23,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from rescore.models.denoiser import Denoiser
+from rescore.models.finetune import reference
 from rescore.sampling.policy import Models
 from rescore.training.rollout import rollout
 from rescore.training.run import Run
@@ -57,12 +59,23 @@ class Row:
     """Largest resident memory of the process so far; device memory on CUDA."""
 
 
+class Call(NamedTuple):
+    """One call of a network, with its inputs."""
+
+    grad: bool
+    x_t: Tensor
+    attend: Tensor | None
+    positions: Tensor | None
+    of_reference: bool
+
+
 @dataclass
 class Recorder:
     """A ``Denoiser`` that notes every call of the network it wraps."""
 
     network: Denoiser
-    calls: list[tuple[bool, Tensor, Tensor | None, Tensor | None]] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    of_reference: bool = False
 
     @property
     def vocab_size(self) -> int:
@@ -75,7 +88,7 @@ class Recorder:
     @property
     def rows(self) -> int:
         """Canvases that went through the network."""
-        return sum(len(x_t) for _, x_t, _, _ in self.calls)
+        return sum(len(call.x_t) for call in self.calls)
 
     def predict(
         self,
@@ -85,7 +98,8 @@ class Recorder:
         positions: Int[Tensor, "B R"] | None = None,
     ) -> Float[Tensor, "B R V"]:
         """Pass the call on and note it."""
-        self.calls.append((torch.is_grad_enabled(), x_t, attend, positions))
+        grad = torch.is_grad_enabled()
+        self.calls.append(Call(grad, x_t, attend, positions, self.of_reference))
         return self.network.predict(x_t, attend=attend, positions=positions)
 
 
@@ -106,7 +120,7 @@ def measure(recipe: str, run: Run, *, repeats: int = 7) -> Row:
     new = dataclasses.replace(world.models.new, denoiser=recorder)
     world.models = Models(new=new, ref=world.models.ref)
     if world.models.ref is not None:  # its calls count too, on the same list
-        ref_recorder = Recorder(world.models.ref.denoiser, recorder.calls)
+        ref_recorder = Recorder(world.models.ref.denoiser, recorder.calls, of_reference=True)
         ref = dataclasses.replace(world.models.ref, denoiser=ref_recorder)
         world.models = Models(new=new, ref=ref)
 
@@ -149,11 +163,14 @@ def replay(
 ) -> float:
     """Make the recorded calls on ``module`` with nothing around them; returns CPU-seconds."""
     assert isinstance(module, Denoiser)
+    networks: dict[bool, Denoiser] = {False: module}
+    if world.models.ref is not None:
+        networks[True] = reference(module)
     clock = time.process_time()
-    for training, x_t, attend, positions in recorder.calls:
-        with torch.set_grad_enabled(training), world.autocast():
-            logits = module.predict(x_t, attend=attend, positions=positions)
-        if training:
+    for grad, x_t, attend, positions, of_reference in recorder.calls:
+        with torch.set_grad_enabled(grad), world.autocast():
+            logits = networks[of_reference].predict(x_t, attend=attend, positions=positions)
+        if grad:
             logits.sum().backward()
     for _ in range(world.run.optim.updates_per_rollout):
         optimizer.step()
