@@ -188,6 +188,21 @@ def test_page_shows_every_number_of_the_result(tmp_path, files):
     assert "seed 17 · 4 RL steps · 4,096 samples · 12 s" in text
 
 
+@pytest.mark.parametrize("headline", ["solve_rate", "reward"])
+def test_every_number_stands_under_its_heading(tmp_path, unplotted, headline):
+    """The metric that counts comes first, in the sentence, the heading and every row."""
+    unplotted["result.json"]["headline"] = headline
+    html = build_report(write(tmp_path, unplotted)).read_text("utf-8")
+    assert f"<b>{headline}</b> goes from" in " ".join(html.split())
+    names = re.findall(r'<th scope="col">(\w+)</th>', html)[1:]
+    assert names[0] == headline
+    cells = re.findall(r'<td data-name="(\w+)"><span class="number">([\d.]+)', html)
+    assert [name for name, _ in cells] == names * 3
+    for row, values in enumerate(unplotted["result.json"]["rows"]):
+        for name, shown in cells[row * len(names) : (row + 1) * len(names)]:
+            assert float(shown) == pytest.approx(values["metrics"][name]["mean"], abs=5e-4)
+
+
 def test_page_shows_how_to_reproduce_the_run(tmp_path, unplotted):
     """The command, every leaf of the configuration with its classes, and the environment."""
     text = page(write(tmp_path, unplotted)).text
