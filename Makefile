@@ -39,7 +39,7 @@ lint: $(DEV)  ## style, types and the import rules of the layers
 docs: $(DEV)  ## the documentation, into site/
 	$(BIN)/mkdocs build --strict
 
-bench: $(BASE)  ## where an RL step spends its time, and what the library adds to the bare network
+bench: $(DEV)  ## where an RL step spends its time, and what the library adds to the bare network
 	$(BIN)/rescore bench
 
 clean:  ## remove what was built; keep .venv and runs/

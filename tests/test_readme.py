@@ -148,3 +148,8 @@ def test_links_to_files_lead_somewhere():
     """Every relative link of the README exists."""
     links = [link for link in re.findall(r"\]\(([^)#:]+)\)", README)]
     assert links and not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_nothing_is_left_to_be_filled_in():
+    """No placeholder in what a stranger reads first."""
+    assert "PLACEHOLDER" not in (ROOT / "README.md").read_text()

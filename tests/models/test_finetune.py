@@ -203,7 +203,7 @@ def test_adapters_are_added_once():
 def test_missing_peft_says_what_to_install(monkeypatch):
     """Without the extra the message is the pip command."""
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ImportError, match=r'pip install "rescore\[language\]"'):
+    with pytest.raises(ValueError, match=r'pip install "rescore\[language\]"'):
         adapted()
 
 

@@ -18,6 +18,32 @@ def surrogate(log_prob: Tensor, old: Tensor = OLD, advantage: Tensor = ADVANTAGE
     return clipped_surrogate(log_prob, old, advantage, **CLIP).loss
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("log_ratio", "advantage", "loss", "slope"),
+    [
+        (100.0, 1.0, -1.5, 0.0),
+        (1000.0, 1.0, -1.5, 0.0),
+        (100.0, 0.0, 0.0, 0.0),
+        (1000.0, 0.0, 0.0, 0.0),
+        (-100.0, 1.0, 0.0, 0.0),
+        (-1000.0, -1.0, 0.8, 0.0),
+    ],
+)
+def test_ratios_far_from_one_have_a_finite_loss_and_gradient(
+    log_ratio, advantage, loss, slope, dtype
+):
+    """Where the gain is capped or vanishes the gradient is 0, also where exp would overflow."""
+    log_prob = torch.tensor([log_ratio], dtype=dtype, requires_grad=True)
+    terms = clipped_surrogate(
+        log_prob, torch.zeros(1, dtype=dtype), torch.tensor([advantage], dtype=dtype), **CLIP
+    )
+    assert terms.loss.item() == pytest.approx(loss, abs=1e-6)
+    (gradient,) = torch.autograd.grad(terms.loss.sum(), log_prob)
+    assert gradient.item() == pytest.approx(slope, abs=1e-6)
+    assert all(value.isfinite().all() for value in terms.metrics.values())
+
+
 @pytest.mark.parametrize(
     ("ratio", "advantage", "loss", "slope", "reason"),
     [

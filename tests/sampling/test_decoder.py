@@ -1,5 +1,7 @@
 """Decoders and scores refuse what they cannot mean."""
 
+import math
+
 import pytest
 
 from rescore.sampling.decoder import Decoder
@@ -40,3 +42,10 @@ def test_a_score_needs_a_positive_temperature(temperature):
     """Scoring a greedy law has no gradient."""
     with pytest.raises(ValueError, match=f"score_temperature must be positive, got {temperature}"):
         Score(score_temperature=temperature)
+
+
+@pytest.mark.parametrize("temperature", [math.nan, math.inf])
+def test_temperatures_that_are_no_numbers_are_refused(temperature):
+    """NaN passes every comparison that asks for what is wrong; ask for what is right."""
+    with pytest.raises(ValueError, match="temperature"):
+        Decoder(steps=2, temperature=temperature)

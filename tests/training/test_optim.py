@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -160,3 +161,12 @@ def test_a_run_whose_gradients_become_nan_stops_with_good_weights(tmp_path):
     train(good, tmp_path / "good", Console("", 2, enabled=False))
     for name, p in good.module.named_parameters():
         assert torch.equal(saved.tensors["model"][name], p)
+
+
+@pytest.mark.parametrize(
+    "field", [{"weight_decay": -1.0}, {"warmup": -1}, {"betas": (2.0, 0.9)}, {"lr": math.nan}]
+)
+def test_numbers_that_no_optimiser_takes_are_refused(field):
+    """Refused before anything is built, naming the field."""
+    with pytest.raises(ValueError, match=next(iter(field))):
+        Optim(**field)

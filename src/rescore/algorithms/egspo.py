@@ -17,6 +17,7 @@ all K steps of a rollout enter the same update, and the loss is not divided by t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -52,7 +53,9 @@ class Egspo(Algorithm):
     beta: float = 0.04
     """Weight of KL(new || ref), reward units per nat; 0 keeps no reference."""
     kl: KlEstimator | Literal["exact"] = "k3"
-    """How the KL of a step is taken: a sampled estimator, or the exact sum over the vocabulary."""
+    """How the KL of a step is taken: the exact sum over the vocabulary, or a sampled estimator. As
+    losses, ``k2`` and ``exact`` have the gradient of KL(new || ref), ``k3`` that of
+    KL(ref || new), and ``k1`` a gradient of mean 0."""
     score: Score = Score()
     """What the log-probability of a step counts."""
 
@@ -81,12 +84,12 @@ class Egspo(Algorithm):
                 f"egspo: n_steps={self.n_steps} cannot be selected from {decoder.steps} denoising "
                 f"steps; use 1 to {decoder.steps}"
             )
-        if self.beta < 0 or not 0 <= self.clip_low <= 1 or self.clip_high < 0:
+        if not (0 <= self.beta < math.inf and 0 <= self.clip_low <= 1 and self.clip_high >= 0):
             raise ValueError(
                 f"egspo: beta={self.beta}, clip_low={self.clip_low}, clip_high={self.clip_high}; "
                 f"none may be negative, and clip_low is at most 1"
             )
-        if self.delta <= 0:
+        if not 0 < self.delta < math.inf:
             raise ValueError(
                 f"egspo: delta={self.delta} must be positive, or a step of entropy 0 is never drawn"
             )

@@ -48,13 +48,13 @@ def add_lora(module: M, lora: Lora, *, generator: torch.Generator) -> M:
         generator: a CPU generator; draws every A. The global generator is left alone.
 
     Raises:
-        ImportError: peft is not installed.
-        ValueError: a target names no linear layer, or the module has adapters already.
+        ValueError: peft is not installed, a target names no linear layer, or the module has
+            adapters already.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise ImportError('LoRA needs peft: pip install "rescore[language]"') from error
+        raise ValueError('LoRA needs peft: pip install "rescore[language]"') from error
     if has_adapters(module):
         raise ValueError("this module has LoRA adapters already; add them once, to a plain module")
     names = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]

@@ -58,4 +58,4 @@ def entropy_proportional(
 ) -> Float[Tensor, "B T"]:
     """q_t = (H_t + delta) / sum, over the steps that reveal something (``active``: Bool[B, T])."""
     weight = torch.where(active, entropy + delta, 0.0)
-    return weight / weight.sum(1, keepdim=True)
+    return weight / weight.sum(1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rescore.types import Terms
+
+LARGEST_LOG_RATIO = 80.0
+"""Logged ratios stop at exp of this, short of float32's largest number."""
 
 
 def score_function(
@@ -50,7 +55,11 @@ def clipped_surrogate(
         clip_low: the ratio gains nothing below ``1 - clip_low``.
         clip_high: the ratio gains nothing above ``1 + clip_high``.
     """
-    ratio = (log_prob - log_prob_old.detach()).exp()
+    log_ratio = log_prob - log_prob_old.detach()
+    # Where A >= 0 the gain is capped above 1 + clip_high: stop well before exp overflows, or the
+    # gradient of the branch not taken would be 0 * inf.
+    cap = torch.where(advantage >= 0, math.log(2 * (1 + clip_high)), torch.inf)
+    ratio = torch.minimum(log_ratio, cap.to(log_ratio)).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = -torch.minimum(ratio * advantage.detach(), clipped * advantage.detach())
     metrics = ratio_metrics(log_prob, log_prob_old)
@@ -68,5 +77,6 @@ def ratio_metrics(
     """
     log_ratio = (log_prob - log_prob_old).detach()
     possible = log_ratio != -torch.inf
-    k3 = torch.where(possible, log_ratio.exp() - 1 - log_ratio, 0.0)
-    return {"ratio": log_ratio.exp(), "kl_old_new": k3, "impossible": (~possible).to(k3.dtype)}
+    ratio = log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
+    k3 = torch.where(possible, ratio - 1 - log_ratio, 0.0)
+    return {"ratio": ratio, "kl_old_new": k3, "impossible": (~possible).to(k3.dtype)}

@@ -117,6 +117,8 @@ def reinforce() -> Iterator[Case]:
             yield case(algorithm=algorithm, factor=factor)
         if order in DRAWN and chooses(world):
             yield case(algorithm=Reinforce(), factor=None)
+        if order == "random":
+            yield case(algorithm=Reinforce(score=Score(form="tokens_and_selection")), factor=1.0)
         if order == "random" and temperature != 1:
             score = Score(score_temperature=1.0)
             yield case(algorithm=Reinforce(score=score), factor=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from rescore.processes.masked import Order
@@ -28,9 +29,9 @@ class Decoder:
                 f"decoder: steps={self.steps} does not split into blocks={self.blocks}; "
                 f"steps must be a positive multiple of blocks"
             )
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(f"decoder: temperature must not be negative, got {self.temperature}")
-        if self.position_temperature <= 0:
+        if not 0 < self.position_temperature < math.inf:
             raise ValueError(
                 f"decoder: position_temperature must be positive, got {self.position_temperature}"
             )

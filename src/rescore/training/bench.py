@@ -111,6 +111,8 @@ def measure(recipe: str, run: Run, *, repeats: int = 7) -> Row:
     """
     if repeats < 5:
         raise ValueError(f"repeats={repeats}; the median needs at least 5")
+    if torch.device(run.device).type != "cpu":
+        raise ValueError(f"bench counts CPU-seconds; got device '{run.device}', use --device cpu")
     run.check()
     accelerator = accelerator_for(run)
     world = build(run, build_base(run, accelerator, print), accelerator)

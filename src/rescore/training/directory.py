@@ -55,7 +55,8 @@ def describe_directory(out: Path, run: Run, origin: Origin) -> None:
             "config": describe(run),
         },
     )
-    write_json(out / "environment.json", environment(run))
+    if not (out / "environment.json").exists():  # a resumed run keeps what it started in
+        write_json(out / "environment.json", environment(run))
 
 
 def environment(run: Run) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -43,10 +44,15 @@ class Optim:
         for name in ("epochs", "mini_batches", "micro_batch", "max_skipped"):
             if getattr(self, name) < 1:
                 raise ValueError(f"optim: {name} must be at least 1, got {getattr(self, name)}")
-        if not (self.lr > 0 and self.clip_norm > 0):
+        if not (0 < self.lr < math.inf and self.clip_norm > 0):
             raise ValueError(
                 f"optim: lr and clip_norm must be positive, got {self.lr} and {self.clip_norm}"
             )
+        for name in ("weight_decay", "warmup"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"optim: {name} must not be negative, got {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim: betas must lie in [0, 1), got {self.betas}")
 
     @property
     def updates_per_rollout(self) -> int:

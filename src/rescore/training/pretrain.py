@@ -68,10 +68,10 @@ class Pretrain(Base):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "clip"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         for name in ("weight_decay", "warmup"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
     def build(
@@ -259,7 +259,14 @@ def cached_base(
         ValueError: the cached base is damaged.
         OSError: the cache cannot be written.
     """
-    plain = {**dataclasses.asdict(config), "schedule": type(config.schedule).__name__, "seed": seed}
+    plain = {
+        **dataclasses.asdict(config),
+        "schedule": type(config.schedule).__name__,
+        "seed": seed,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "device": torch.device(device).type,
+    }
     folder = cache_dir / _key(plain, task)
     if not folder.exists():
         rows: list[Row] = []
@@ -282,7 +289,7 @@ def cached_base(
 
 
 def _key(plain: dict[str, Any], task: Task) -> str:
-    """Hash of configuration, seed and data, which is all that the weights depend on."""
+    """Hash of configuration, seed, data and machine: what decides the weights to the last bit."""
     digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
     for split in ("train", "validation"):
         data = task.clean(split)

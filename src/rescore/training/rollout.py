@@ -81,7 +81,8 @@ def rollout(world: World, step: int) -> tuple[Scored, dict[str, float]]:
     if not bool(scored.trajectory.log_prob.isfinite().all()):
         raise TrainingError(
             f"step {step}: the network gave logits that are not finite, so nothing can be sampled; "
-            f"lower optim.lr, or use --precision float32, and resume from an earlier checkpoint"
+            + ("look at the base model and decoder.temperature" if step == 0 else "")
+            + ("start a new run with a lower optim.lr, or in float32" if step > 0 else "")
         )
     clock.append((time.perf_counter(), time.process_time()))
     seconds: dict[str, float] = {}

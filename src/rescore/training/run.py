@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import inspect
 import math
 from collections.abc import Mapping
@@ -116,15 +117,17 @@ class Run:
                 f"evaluate.by='{self.evaluate.by}' is no reward term; choose one of "
                 f"{['reward', *self.task.reward.functions]}"
             )
+        if self.device.startswith("mps"):
+            raise ValueError("device mps has no float64, which noise is drawn in; use --device cpu")
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ValueError("no tensorboard found; pip install 'rescore[logging]'")
         try:
-            device = torch.empty(0, device=self.device).device
+            torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(
-                f"device '{self.device}' cannot be used here ({str(error).splitlines()[0]}); "
+                f"device '{self.device}' cannot be used here ({str(error).splitlines()[0][:120]}); "
                 f"try --device cpu"
             ) from error
-        if device.type == "mps":
-            raise ValueError("device mps has no float64, which noise is drawn in; use --device cpu")
         self.algorithm.check(self.decoder, self.group_size)
 
 

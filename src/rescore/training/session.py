@@ -56,6 +56,8 @@ def start(run: Run, origin: Origin, out: Path, *, resume: bool) -> Path:
             f"{groups} groups (batch_size / group_size) cannot be shared by "
             f"{accelerator.num_processes} processes; groups stay whole, so use a multiple"
         )
+    if run.evaluate.control and accelerator.num_processes > 1:
+        raise ValueError("evaluate.control is timed, so it takes one process; turn it off")
     step = None
     if resume:
         check_same(out, run)
@@ -68,11 +70,11 @@ def start(run: Run, origin: Origin, out: Path, *, resume: bool) -> Path:
 
     main = accelerator.is_main_process
     with Console(origin.recipe, run.steps, enabled=main) as console:
-        if main and not resume:
-            describe_directory(out, run, origin)
         module = build_base(run, accelerator, console.note)
         digest = weights_digest(module)
         world = build(run, module, accelerator)
+        if main and not resume:
+            describe_directory(out, run, origin)
         if step is not None:
             load_state(world, out / "checkpoints", step)
         if world.state.base_sha256 not in (None, digest):
@@ -202,7 +204,7 @@ class Evaluation:
     seed: int
     """Of the noise."""
     device: str
-    """A torch device: cpu, cuda, cuda:1, mps."""
+    """A torch device: cpu, cuda, cuda:1."""
     precision: Precision
     """Of the network."""
     split: Split = "test"
