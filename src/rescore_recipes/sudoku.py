@@ -36,7 +36,7 @@ def sudoku_egspo() -> Run:
 def sudoku_reinforce() -> Run:
     """REINFORCE with a leave-one-out baseline on all 4 steps, an unbiased gradient.
 
-    95 CPU-seconds after the base, which takes 42; expected solve_rate 0.82 ± 0.01.
+    95 CPU-seconds after the base, which takes 41; expected solve_rate 0.82 ± 0.01.
     """
     task = Sudoku(
         side=4,

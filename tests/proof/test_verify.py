@@ -9,12 +9,13 @@ import pytest
 import torch
 from rich.console import Console
 
+from rescore.algorithms import algorithms
 from rescore.algorithms.egspo import Egspo
 from rescore.algorithms.reinforce import Reinforce
 from rescore.proof import cases as claims
 from rescore.proof.cases import CASES, Case, exact_score
 from rescore.proof.oracle import EnumeratingRng, Groups, enumerate_paths
-from rescore.proof.verify import algorithm_names, check, expected_figures, print_rows, verify
+from rescore.proof.verify import check, expected_figures, print_rows, verify
 from rescore.proof.worlds import POLICY_SEED, REFERENCE_SEED, Tabled, World
 from rescore.sampling.discrete import sample_masked
 from rescore.sampling.policy import MaskedPolicy, Models
@@ -28,7 +29,7 @@ ALL_CASES = [case for algorithm in CASES.values() for case in algorithm()]
 
 def test_every_algorithm_has_claims_and_every_biased_one_a_figure():
     """Nothing is left out of the table, and no figure outlives its row."""
-    assert sorted(algorithm_names()) == sorted(CASES)
+    assert sorted(algorithms()) == sorted(CASES)
     rows = [(f"{c.name}|{c.option}|{c.world}", c.claimed) for c in ALL_CASES]
     assert len(set(rows)) == len(rows)
     assert {name for name, claimed in rows if claimed == "biased"} == set(expected_figures())

@@ -9,10 +9,7 @@ exact gradient of its objective. Both are enumerations of the code that trains (
 from __future__ import annotations
 
 import difflib
-import importlib
-import inspect
 import json
-import pkgutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,8 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-import rescore.algorithms
-from rescore.algorithms.base import Algorithm
+from rescore.algorithms import algorithms
 from rescore.proof.cases import CASES, ORDERS, Case
 from rescore.proof.oracle import exact_gradient, expectation
 
@@ -64,14 +60,14 @@ class Row:
         return f"{self.algorithm}|{self.option}|{self.world}"
 
 
-def verify(algorithms: Sequence[str] | None = None) -> list[Row]:
+def verify(names: Sequence[str] | None = None) -> list[Row]:
     """Check every claim about the named algorithms (all of them when None).
 
     Raises:
         ValueError: no such algorithm, or one about which nothing is claimed in ``cases``.
     """
-    known = algorithm_names()
-    for name in algorithms or known:
+    known = sorted(algorithms())
+    for name in names or known:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean '{close[0]}'?" if close else f"the algorithms are {known}"
@@ -82,21 +78,7 @@ def verify(algorithms: Sequence[str] | None = None) -> list[Row]:
                 f"rescore/proof/cases.py that says on which worlds it is unbiased"
             )
     expected = expected_figures()
-    return [check(case, expected) for name in algorithms or known for case in CASES[name]()]
-
-
-def algorithm_names() -> list[str]:
-    """Modules of ``rescore.algorithms`` that define an algorithm."""
-    names = [module.name for module in pkgutil.iter_modules(rescore.algorithms.__path__)]
-    return [name for name in names if _defines_algorithm(f"rescore.algorithms.{name}")]
-
-
-def _defines_algorithm(module: str) -> bool:
-    classes = inspect.getmembers(importlib.import_module(module), inspect.isclass)
-    return any(
-        issubclass(c, Algorithm) and not inspect.isabstract(c) and c.__module__ == module
-        for _, c in classes
-    )
+    return [check(case, expected) for name in names or known for case in CASES[name]()]
 
 
 def check(case: Case, expected: Mapping[str, float]) -> Row:

@@ -169,15 +169,21 @@ def evaluate_split(
     index = torch.arange(min(n, run.task.size(split)))
     mine = index[accelerator.process_index :: accelerator.num_processes]
     own = MaskedPolicy(network, run.decoder) if network is not None else world.models.new
+    values, failure = {}, None
     with nullcontext() if network is not None else world.averaged(), world.autocast():
-        values = evaluate(
-            own,
-            run.task,
-            split,
-            mine,
-            seed=run.seed ^ EVALUATION_SEED,
-            device=accelerator.device,
-        )
+        try:
+            values = evaluate(
+                own,
+                run.task,
+                split,
+                mine,
+                seed=run.seed ^ EVALUATION_SEED,
+                device=accelerator.device,
+            )
+        except RewardError as error:
+            failure = error
+    if world.anywhere(failure is not None):
+        raise failure or RewardError("a reward failed on another process, which says more")
     if accelerator.num_processes == 1:
         return values
     width = math.ceil(len(index) / accelerator.num_processes)

@@ -283,8 +283,15 @@ def _best_world(run: Run, directory: Path, options: Evaluation) -> World:
     run = dataclasses.replace(run, decoder=options.decoder)
     accelerator = accelerator_for(run)
     note = Console(str(directory), run.steps, terminal=Terminal(stderr=True)).note
-    world = build(run, build_base(run, accelerator, note), accelerator)
+    module = build_base(run, accelerator, note)
+    digest = weights_digest(module)
+    world = build(run, module, accelerator)
     saved = checkpoint.load(directory / "checkpoints", step).state["train"]
+    if run.lora is not None and saved["base_sha256"] != digest:
+        raise CheckpointError(
+            f"the adapters of {directory} belong to another base (sha256 {digest[:12]}, expected "
+            f"{saved['base_sha256'][:12]}); restore that base to use them"
+        )
     world.state.best_step = saved["best_step"]
     load_best(world, directory / "checkpoints")
     world.run = dataclasses.replace(run, seed=options.seed)  # after the base, which run.seed chose
