@@ -7,7 +7,7 @@ DEV := $(VENV)/.installed-dev
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e
 
 # The whole demonstration: pre-train a base, train it by RL, write the report.
-DEMO := $(BIN)/rescore train sudoku_egspo --evaluate.control
+DEMO := OMP_NUM_THREADS=1 $(BIN)/rescore train sudoku_egspo --evaluate.control
 
 # One thread per process: tiny models are slower on several, and results do not depend on the machine.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
