@@ -1,6 +1,6 @@
 """The README's table: 4x4 Sudoku, several seeds, base, control and RL, with standard errors.
 
-    python benchmarks/sudoku.py --out runs/benchmark     # about 15 CPU-minutes
+    python benchmarks/sudoku.py --out runs/benchmark     # about 20 CPU-minutes
 
 Each seed trains its own base and its own policy. Numbers are means over seeds of the mean over 512
 test puzzles; standard errors are over seeds. Runs already in the output directory are kept.
