@@ -40,6 +40,7 @@ network = pretrain(Pretrain(model=shape, steps=150, warmup=10, lr=3e-3), task).e
 # 3. A policy is a network and the way it is decoded: here 3 steps, two cells in each, so that cells
 #    revealed together cannot see each other. This is what RL has to learn to live with.
 policy = MaskedPolicy(network, Decoder(steps=3, order="random", temperature=1.0))
+models = Models(new=policy)
 
 # 4. A method. The instance is its own configuration.
 algorithm = Reinforce(baseline="leave_one_out")
@@ -73,7 +74,7 @@ for step in range(STEPS):
     trajectory = policy.sample(prompts, algorithm.record, rng)
 
     # 6. -> selected -> scored: which steps count (here all), and what the outputs are worth.
-    selected = algorithm.select(trajectory, rng)
+    selected = algorithm.select(models, trajectory)
     terms = task.reward.terms(trajectory.x_0, prompts)
     scored = Scored(**selected.fields(), reward=task.reward.total(terms), terms=terms)
 
@@ -82,7 +83,7 @@ for step in range(STEPS):
 
     # 8. -> terms: the (sample, step) pairs that count, one network row each; the only gradients.
     actions = credited.actions(credited.pairs())
-    terms = algorithm.loss(Models(new=policy), actions, rng)
+    terms = algorithm.loss(models, actions, rng)
     optimizer.zero_grad()
     (terms.loss * actions.weight).sum().backward()
     torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)

@@ -9,6 +9,7 @@ The fields of the dataclass are options of the command line.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -58,16 +59,16 @@ class Winners(Algorithm):
         """The loss has no ratio, so a rollout serves one update."""
         return True
 
-    def check(self, decoder: Decoder, group_size: int) -> None:
+    def check(self, decoder: Decoder, group_size: int, terms: Sequence[str]) -> None:
         """Refuse what cannot work, before anything is loaded."""
-        super().check(decoder, group_size)
+        super().check(decoder, group_size, terms)
         check_group("leave_one_out", group_size)
 
     def credit(self, scored: Scored) -> Credited:
         """From rewards to advantages and weights: sees the whole batch, but no model."""
-        advantage = centre(scored.reward, scored.trajectory.prompts.group, "leave_one_out")
+        returns = scored.reward[:, None].expand_as(scored.step_weight)
+        advantage = centre(returns, scored.trajectory.prompts.group, "leave_one_out")
         advantage = torch.where(advantage > 0, advantage, self.keep * advantage)
-        advantage = advantage[:, None].expand_as(scored.step_weight)
         active = (advantage != 0) & (scored.trajectory.revealed() > 0)
         weight = torch.where(active, scored.step_weight / len(scored.reward), 0.0)
         return Credited(**scored.fields(), advantage=advantage, weight=weight)

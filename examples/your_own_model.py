@@ -70,7 +70,7 @@ class ReaderBase(Base):
             model = Reader(task.vocab_size, task.length, self.width)
         generator = torch.Generator().manual_seed(seed)
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-        data = task.clean("train")
+        data = task.clean("train").x_0
         for _ in range(self.steps):
             x_0 = data[torch.randint(len(data), (128,), generator=generator)]
             t = torch.rand(len(x_0), generator=generator).clamp(min=0.05)

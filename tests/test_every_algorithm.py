@@ -6,6 +6,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import typing
 
 import pytest
 import torch
@@ -35,7 +36,38 @@ def algorithms() -> list[type[Algorithm]]:
     return [algorithm for algorithm in found if not inspect.isabstract(algorithm)]
 
 
+def variants() -> list[Algorithm]:
+    """Every algorithm as it comes, and with each other choice of each field that lists some."""
+    found = []
+    for kind in algorithms():
+        found.append(kind())
+        hints = typing.get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            for choice in choices(hints[field.name]):
+                if choice != field.default:
+                    found.append(dataclasses.replace(kind(), **{field.name: choice}))
+    return found
+
+
+def choices(hint: object) -> list[object]:
+    """The values of a ``Literal``, or of all of them in a union."""
+    if typing.get_origin(hint) is typing.Literal:
+        return list(typing.get_args(hint))
+    return [value for part in typing.get_args(hint) for value in choices(part)]
+
+
+def name_of(algorithm: Algorithm) -> str:
+    """The class and what differs from its defaults."""
+    changed = [
+        f"{f.name}={getattr(algorithm, f.name)}"
+        for f in dataclasses.fields(algorithm)
+        if getattr(algorithm, f.name) != getattr(type(algorithm)(), f.name)
+    ]
+    return " ".join([type(algorithm).__name__, *changed])
+
+
 every_algorithm = pytest.mark.parametrize("kind", algorithms(), ids=lambda kind: kind.__name__)
+every_variant = pytest.mark.parametrize("algorithm", variants(), ids=name_of)
 
 
 def policy(seed: int) -> MaskedPolicy:
@@ -62,10 +94,11 @@ def prompts() -> Prompts:
 def score(algorithm: Algorithm) -> Scored:
     """Sample, select, reward at random, annotate."""
     trajectory = OLD.sample(prompts(), algorithm.record, RNG)
-    selected = algorithm.select(trajectory, RNG)
+    models = Models(OLD, REF if algorithm.uses_reference else None)
+    selected = algorithm.select(models, trajectory)
     reward = torch.rand(B, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     scored = Scored(**selected.fields(), reward=reward, terms={"reward": reward})
-    return algorithm.annotate(Models(OLD, REF if algorithm.uses_reference else None), scored)
+    return algorithm.annotate(models, scored)
 
 
 def loss(algorithm: Algorithm, credited: Credited, pairs: Tensor) -> tuple[Tensor, Terms]:
@@ -148,23 +181,23 @@ def test_every_field_says_what_it_is(kind):
             assert documented, ast.unparse(node.target)
 
 
-@every_algorithm
-def test_the_stages_have_their_shapes(kind):
+@every_variant
+def test_the_stages_have_their_shapes(algorithm):
     """record -> select -> annotate -> credit -> loss on a tiny world; the numbers are finite."""
-    algorithm = kind()
-    algorithm.check(OLD.decoder, 3)
+    algorithm.check(OLD.decoder, 3, ["reward"])
     assert isinstance(algorithm.record, Record)
     scored = score(algorithm)
     assert scored.step.shape == scored.step_weight.shape
     assert scored.step.dtype == torch.long
     assert bool(((scored.step >= 0) & (scored.step < T)).all())
-    assert bool((scored.step_weight > 0).all())
+    assert bool((scored.step_weight >= 0).all()) and bool((scored.step_weight > 0).any(1).all())
     assert all(note.shape[:2] == scored.step.shape for note in scored.notes.values())
     credited = algorithm.credit(scored)
     assert isinstance(credited, Credited)
     assert credited.advantage.shape == credited.weight.shape == scored.step.shape
     idle = credited.trajectory.revealed().gather(1, credited.step) == 0
-    assert bool((credited.weight[idle] == 0).all())
+    assert bool((credited.weight[idle | (credited.step_weight == 0)] == 0).all())
+    assert bool((credited.weight >= 0).all())
     pairs = credited.pairs()
     value, terms = loss(algorithm, credited, pairs)
     assert terms.loss.shape == (len(pairs),)
@@ -174,10 +207,9 @@ def test_the_stages_have_their_shapes(kind):
         assert not metric.requires_grad and bool(metric.isfinite().all()), name
 
 
-@every_algorithm
-def test_credit_is_pure(kind):
+@every_variant
+def test_credit_is_pure(algorithm):
     """Twice the same result, the input unchanged, and no gradient anywhere in it."""
-    algorithm = kind()
     scored = score(algorithm)
     before = tensors(scored)
     credited = algorithm.credit(scored)
@@ -186,10 +218,9 @@ def test_credit_is_pure(kind):
     assert not any(tensor.requires_grad for tensor in tensors(credited))
 
 
-@every_algorithm
-def test_credit_does_not_depend_on_the_order_of_the_samples(kind):
+@every_variant
+def test_credit_does_not_depend_on_the_order_of_the_samples(algorithm):
     """Permuting the batch permutes the credit."""
-    algorithm = kind()
     scored = score(algorithm)
     order = torch.tensor([4, 0, 5, 2, 1, 3])
     permuted, whole = algorithm.credit(scored.take(order)), algorithm.credit(scored)
@@ -197,10 +228,9 @@ def test_credit_does_not_depend_on_the_order_of_the_samples(kind):
     torch.testing.assert_close(permuted.weight, whole.weight[order])
 
 
-@every_algorithm
-def test_a_term_belongs_to_its_pair(kind):
+@every_variant
+def test_a_term_belongs_to_its_pair(algorithm):
     """Permuting the pairs permutes loss and metrics."""
-    algorithm = kind()
     credited = algorithm.credit(score(algorithm))
     pairs = credited.pairs()
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))
@@ -212,10 +242,9 @@ def test_a_term_belongs_to_its_pair(kind):
         torch.testing.assert_close(permuted.metrics[name], metric[order])
 
 
-@every_algorithm
-def test_the_gradient_does_not_depend_on_the_micro_batches(kind):
+@every_variant
+def test_the_gradient_does_not_depend_on_the_micro_batches(algorithm):
     """Any split of the pairs adds up to the same gradient, which is not zero."""
-    algorithm = kind()
     credited = algorithm.credit(score(algorithm))
     pairs = credited.pairs()
     whole = gradient(algorithm, credited, pairs, len(pairs))
@@ -225,10 +254,9 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(kind):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
-@every_algorithm
-def test_the_loss_leaves_the_batch_alone(kind):
+@every_variant
+def test_the_loss_leaves_the_batch_alone(algorithm):
     """No tensor of the micro-batch is written to, and only the new policy gets a gradient."""
-    algorithm = kind()
     credited = algorithm.credit(score(algorithm))
     before = tensors(credited)
     value, _ = loss(algorithm, credited, credited.pairs())

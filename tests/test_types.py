@@ -1,8 +1,19 @@
 """Stages: rows are taken everywhere at once, and a flat batch keeps every pair's own numbers."""
 
+import dataclasses
+
 import torch
 
-from rescore.types import Actions, Completions, Credited, MaskedTrajectory, Prompts, Scored
+from rescore.types import (
+    Actions,
+    Credited,
+    Kept,
+    MaskedTrajectory,
+    Prompts,
+    Scored,
+    Stage,
+    joined,
+)
 
 MASK = 9
 
@@ -23,8 +34,11 @@ def trajectory() -> MaskedTrajectory:
         log_prob=torch.tensor([[-1.0, -2.0], [-3.0, -4.0], [-5.0, -6.0]]),
         max_revealed=2,
         max_candidates=3,
-        completions=Completions(
-            tokens=torch.arange(12).reshape(3, 1, 4), step=torch.tensor([[0], [1], [0]])
+        log_time=torch.arange(12).reshape(3, 4) / 8,
+        kept=Kept(
+            step=torch.tensor([[0], [1], [-1]]),
+            step_weight=torch.tensor([[0.75], [1.5], [0.0]]),
+            completion=torch.arange(12).reshape(3, 1, 4),
         ),
     )
 
@@ -37,6 +51,7 @@ def credited() -> Credited:
         step_weight=torch.ones(3, 2),
         reward=torch.tensor([1.0, 0.0, 0.5]),
         terms={"solved": torch.tensor([1.0, 0.0, 0.5])},
+        completion_terms={"solved": torch.tensor([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]])},
         notes={"log_prob_ref": torch.tensor([[-0.1, -0.2], [-0.3, -0.4], [-0.5, -0.6]])},
         advantage=torch.tensor([[0.5, 0.25], [-0.5, -0.25], [2.0, 1.0]]),
         weight=torch.tensor([[0.1, 0.2], [0.0, 0.4], [0.5, 0.6]]),
@@ -67,13 +82,19 @@ def test_take_reaches_every_tensor():
     ):
         part = stage.take(index)
         path, prompts = part.trajectory, part.trajectory.prompts
-        assert path.completions is not None and stage.trajectory.completions is not None
+        assert path.kept is not None and stage.trajectory.kept is not None
+        assert path.kept.completion is not None and stage.trajectory.kept.completion is not None
+        assert path.log_time is not None and stage.trajectory.log_time is not None
         for taken, whole in (
             (part.reward, stage.reward),
             (part.terms["solved"], stage.terms["solved"]),
             (part.notes["log_prob_ref"], stage.notes["log_prob_ref"]),
             (path.rank, stage.trajectory.rank),
-            (path.completions.tokens, stage.trajectory.completions.tokens),
+            (part.completion_terms["solved"], stage.completion_terms["solved"]),
+            (path.log_time, stage.trajectory.log_time),
+            (path.kept.step, stage.trajectory.kept.step),
+            (path.kept.step_weight, stage.trajectory.kept.step_weight),
+            (path.kept.completion, stage.trajectory.kept.completion),
             (prompts.sample_id, stage.trajectory.prompts.sample_id),
             (prompts.info["answer"], stage.trajectory.prompts.info["answer"]),
         ):
@@ -97,6 +118,35 @@ def test_map_and_to_keep_the_type_and_leave_the_original():
 
     moved.map(note)
     assert devices == {"meta"}
+
+
+def test_joined_is_the_inverse_of_splitting():
+    """Parts of any size, one after the other, are the whole; plain numbers become the largest."""
+    stage = credited()
+    small = dataclasses.replace(stage.trajectory, max_revealed=1, max_candidates=2)
+    parts = [
+        dataclasses.replace(stage, trajectory=small).take(torch.tensor([0])),
+        stage.take(torch.tensor([1, 2])),
+    ]
+    for whole in (joined(parts), joined([stage])):
+        assert isinstance(whole, Credited)
+        assert (whole.trajectory.max_revealed, whole.trajectory.max_candidates) == (2, 3)
+        assert whole.trajectory.entropy is None
+        before, after = tensors(stage), tensors(whole)
+        assert len(before) == len(after) > 15
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def tensors(stage: Stage) -> list[torch.Tensor]:
+    """Every tensor in a stage, in order."""
+    found: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tensor)
+        return tensor
+
+    stage.map(note)
+    return found
 
 
 def test_a_stage_is_built_from_the_fields_of_the_one_before():

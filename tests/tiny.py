@@ -24,7 +24,7 @@ from rescore.training.optim import Optim
 from rescore.training.run import Evaluate, Run
 from rescore.training.session import build_base
 from rescore.training.world import World, accelerator_for, build
-from rescore.types import Prompts
+from rescore.types import Examples, Prompts
 
 V, L = 3, 3
 MASK = V
@@ -53,9 +53,8 @@ class Match(Task):
     def vocab_size(self) -> int:
         return V
 
-    @property
-    def symbols(self) -> tuple[str, ...]:
-        return tuple("abc")
+    def symbol(self, token: int) -> str:
+        return "abc"[token]
 
     @property
     def length(self) -> int:
@@ -82,8 +81,9 @@ class Match(Task):
             info={"target": target},
         )
 
-    def clean(self, split: Split) -> Tensor:
-        return self.prompts(split, torch.arange(self.size(split))).info["target"]
+    def clean(self, split: Split) -> Examples:
+        prompts = self.prompts(split, torch.arange(self.size(split)))
+        return Examples(x_0=prompts.info["target"], editable=prompts.editable)
 
     def gold(self, prompts: Prompts) -> Tensor:
         return prompts.info["target"]
@@ -93,6 +93,12 @@ class Match(Task):
 
     def show(self, tokens: Tensor) -> str:
         return "".join("abc."[token] for token in tokens.tolist())
+
+
+def in_training(prompts: Prompts) -> bool:
+    """True where the prompts are of the training split."""
+    number = prompts.info["target"] @ V ** torch.arange(L - 1, -1, -1)
+    return int(number.max()) in SPLITS["train"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Command = Callable[[Sequence[str]], None]
 
+DRY_RUN = "--dry-run"
+
 
 @dataclass(kw_only=True)
 class Where:
@@ -39,6 +41,7 @@ def train(arguments: Sequence[str]) -> None:
 
     --out DIR      run directory; default runs/RECIPE-seedN-TIME
     --resume DIR   continue the run in DIR with its recipe and options; --steps may grow
+    --dry-run      try the recipe of a large model on a tiny one of random weights, on any machine
     """
     from rescore.training.directory import Origin
     from rescore.training.loop import Interrupted
@@ -57,10 +60,12 @@ def train(arguments: Sequence[str]) -> None:
         recipe = source = _needed(recipe, "train RECIPE|FILE.py", train, overrides)
         if not where.out and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("several processes must agree on a directory; name it with --out DIR")
-    run = _overridden(source, train, overrides)
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    new = Path("runs") / f"{Path(recipe.partition(':')[0]).stem}-seed{run.seed}-{stamp}"
-    out = where.resume or where.out or new
+    out = where.resume or where.out
+    if out is None:
+        plain = _overridden(source, train, [word for word in overrides if word != DRY_RUN])
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        out = Path("runs") / f"{Path(recipe.partition(':')[0]).stem}-seed{plain.seed}-{stamp}"
+    run = _overridden(source, train, overrides, out)
     origin = Origin(recipe=recipe, arguments=tuple(overrides))
     try:
         written = start(run, origin, out, resume=where.resume is not None)
@@ -99,6 +104,35 @@ def sample(arguments: Sequence[str]) -> None:
 
     directory, run, options = _revisit(Sampling, "sample", sample, arguments)
     print("\n\n".join(sample_run(run, directory, options)))
+
+
+def export(arguments: Sequence[str]) -> None:
+    """Write the best weights of a run on a language model: adapters for peft, or all merged.
+
+    --out DIR    a new folder
+    --merged     all weights in the layout of the original checkpoint
+    """
+    from rescore.training.export import Export, export_run
+
+    directory, run, options = _revisit(Export, "export", export, arguments)
+    print(export_run(run, directory, options))
+
+
+def warm_start(arguments: Sequence[str]) -> None:
+    """Fine-tune the base of a recipe on demonstrations, to start RL from.
+
+    --data FILE    rows with question and completion
+    --out DIR      a new folder for the weights; train with --task.tokenizer.path DIR
+    """
+    from rescore.training.sft import Sft, sft
+
+    name, rest = _leading(arguments)
+    recipe = _needed(name, "sft RECIPE|FILE.py", warm_start, rest)
+    options, rest = tyro.cli(
+        Sft, args=rest, return_unknown_args=True, add_help=False, prog=f"rescore sft {recipe}"
+    )
+    out = sft(_overridden(recipe, warm_start, rest, options.out), options, print)
+    print(f"rescore train {recipe} --task.tokenizer.path {out}")
 
 
 @dataclass(kw_only=True)
@@ -214,6 +248,8 @@ COMMANDS: dict[str, Command] = {
     "train": train,
     "eval": evaluate,
     "sample": sample,
+    "export": export,
+    "sft": warm_start,
     "verify": verify,
     "bench": bench,
     "report": report,
@@ -289,9 +325,19 @@ def _needed(name: str | None, usage: str, command: Command, rest: Sequence[str])
     sys.exit(0)
 
 
-def _overridden(recipe: str, command: Command, options: Sequence[str]) -> Run:
-    """The run of a recipe with fields changed by options; the classes of its parts stay."""
-    run = run_of(recipe)
+def _overridden(
+    recipe: str, command: Command, options: Sequence[str], directory: Path | None = None
+) -> Run:
+    """The run of a recipe with fields changed by options; the classes of its parts stay.
+
+    With ``--dry-run`` it is the dry run that is changed; its weights lie beside the run directory.
+    """
+    run, options = run_of(recipe), list(options)
+    if directory is not None and DRY_RUN in options:
+        from rescore.training.dry_run import dry_run
+
+        options.remove(DRY_RUN)
+        run = dry_run(run, directory.with_name(f"{directory.name}-weights"))
     return tyro.cli(
         type(run),
         default=run,
@@ -319,7 +365,7 @@ def _revisit(
     leading, rest = _leading(arguments)
     directory = Path(_needed(leading, f"{name} RUN", command, rest))
     _, source, options = _stored(directory)
-    run = _overridden(source, train, options)
+    run = _overridden(source, train, options, directory)
     default = kind(decoder=run.decoder, seed=run.seed, device=run.device, precision=run.precision)
     chosen = tyro.cli(
         kind,

@@ -10,7 +10,7 @@ step 0 starts from the fully masked canvas.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -30,6 +30,25 @@ def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Mapping):
         return {name: _map(item, function) for name, item in value.items()}
     return value
+
+
+def joined(stages: Sequence[S]) -> S:
+    """The rows of all stages, one after the other; of plain numbers the largest."""
+    return _joined(stages)
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(values))
+    if isinstance(first, Stage):
+        fields = {
+            name: _joined([value.fields()[name] for value in values]) for name in first.fields()
+        }
+        return type(first)(**fields)
+    if isinstance(first, Mapping):
+        return {name: _joined([value[name] for value in values]) for name in first}
+    return first if first is None else max(values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +96,27 @@ class Prompts(Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Completions(Stage):
-    """One-step completions kept in K slots while sampling."""
+class Examples(Stage):
+    """Finished sequences to learn from."""
 
-    tokens: Int[Tensor, "B K L"]
-    """x_hat_0: every position still masked before the step filled with its most probable token."""
+    x_0: Int[Tensor, "n L"]
+    editable: Bool[Tensor, "n L"]
+    """True where the model writes, so where noise may go; False at prompts and padding."""
+    attend: Bool[Tensor, "n L"] | None = None
+    """False at padding; None where nothing is padded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept(Stage):
+    """Steps chosen while sampling, in K slots."""
+
     step: Int[Tensor, "B K"]
-    """The step from whose starting state each completion was made."""
+    """-1 in a slot that stayed empty."""
+    step_weight: Float[Tensor, "B K"]
+    """As in ``Selected``; 0 in a slot that stayed empty."""
+    completion: Int[Tensor, "B K L"] | None = None
+    """x_hat_0: every position still masked before the step filled with its most probable token;
+    None where no completions were asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +138,11 @@ class MaskedTrajectory(Stage):
     """The most positions a step chooses from in any sample."""
     entropy: Float[Tensor, "B T"] | None = None
     """Sum over the positions revealed in the step of the entropy of the sampling law (nats)."""
-    completions: Completions | None = None
+    log_time: Float[Tensor, "B L"] | None = None
+    """Logarithm of when each position was revealed within its step; only ``soft_low_confidence``
+    has times."""
+    kept: Kept | None = None
+    """What was kept on the way down; None where nothing was asked for."""
 
     @property
     def n_steps(self) -> int:
@@ -132,7 +169,11 @@ class Selected(Stage):
     trajectory: MaskedTrajectory
     step: Int[Tensor, "B K"]
     step_weight: Float[Tensor, "B K"]
-    """Makes a sum over the K columns stand for a sum over all steps: 1, or 1 / (K q) for draws."""
+    """Makes a sum over the K columns stand for a sum over all steps: 1, or 1 / (K q) for draws; 0
+    in a column without a step."""
+    completion: Int[Tensor, "B K L"] | None = None
+    """The one-step completion from the state before each step, to be scored; None for methods that
+    use none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +183,9 @@ class Scored(Selected):
     reward: Float[Tensor, " B"]
     terms: Mapping[str, Float[Tensor, " B"]]
     """The unweighted terms of the reward, by name."""
+    completion_terms: Mapping[str, Float[Tensor, "B K"]] = dataclasses.field(default_factory=dict)
+    """The terms of the reward of each completion, by name, times their weights in the reward; empty
+    without completions. 0 in columns of weight 0, which are not scored."""
     notes: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     """What ``Algorithm.annotate`` added, by name; leading axes ``B K``."""
 

@@ -33,6 +33,11 @@ def sudoku_egspo() -> Run:
     )
 
 
+def sudoku_egspo_sa() -> Run:
+    """EGSPO-SA: as sudoku_egspo, with stepwise advantages of lambda = 0.5."""
+    return replace(sudoku_reinforce(), algorithm=Egspo(n_steps=2, lam=0.5, beta=0.0))
+
+
 def sudoku_reinforce() -> Run:
     """REINFORCE with a leave-one-out baseline on all 4 steps, an unbiased gradient.
 
@@ -69,3 +74,28 @@ def sudoku_lora() -> Run:
         lora=Lora(),
         optim=Optim(lr=1e-3, mini_batches=2),
     )
+
+
+def sudoku9_reinforce() -> Run:
+    """REINFORCE on 9x9 puzzles with 20 to 32 blanks, all 4 steps."""
+    run = sudoku_reinforce()
+    task = Sudoku(
+        side=9,
+        blanks=(20, 32),
+        pool=4096,
+        reward_weights={"cell_accuracy": 0.5, "solve_rate": 0.5},
+    )
+    model = TransformerConfig(vocab_size=task.vocab_size, length=task.length)
+    return replace(
+        run,
+        task=task,
+        base=Pretrain(model=model, steps=3000, batch=32, validate_every=300, validation_rows=256),
+        steps=200,
+        batch_size=128,
+        evaluate=replace(run.evaluate, every=20),
+    )
+
+
+def sudoku9_egspo_sa() -> Run:
+    """EGSPO-SA on 9x9 puzzles: the 2 steps of highest entropy out of 4."""
+    return replace(sudoku9_reinforce(), algorithm=Egspo(n_steps=2, lam=0.5, beta=0.0))

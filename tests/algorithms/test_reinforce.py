@@ -14,6 +14,7 @@ from rescore.types import MaskedTrajectory, Prompts, Scored
 V, L, T = 3, 5, 4
 REWARD = torch.tensor([1.0, 0.25, 0.5, 0.5], dtype=torch.float64)
 RNG = SampleRng(0, torch.arange(4))
+TERMS = ("reward",)
 
 
 def world(algorithm: Reinforce) -> tuple[MaskedPolicy, MaskedTrajectory]:
@@ -31,16 +32,18 @@ def world(algorithm: Reinforce) -> tuple[MaskedPolicy, MaskedTrajectory]:
     return policy, policy.sample(prompts, algorithm.record, RNG)
 
 
-def scored(algorithm: Reinforce, trajectory: MaskedTrajectory, reward: torch.Tensor) -> Scored:
-    selected = algorithm.select(trajectory, RNG)
+def scored(
+    algorithm: Reinforce, policy: MaskedPolicy, trajectory: MaskedTrajectory, reward: torch.Tensor
+) -> Scored:
+    selected = algorithm.select(Models(policy), trajectory)
     return Scored(**selected.fields(), reward=reward, terms={"reward": reward})
 
 
 def test_every_step_is_selected_once():
     """Steps 0 ... T-1 of each sample, each with weight 1."""
     algorithm = Reinforce()
-    _, trajectory = world(algorithm)
-    selected = algorithm.select(trajectory, RNG)
+    policy, trajectory = world(algorithm)
+    selected = algorithm.select(Models(policy), trajectory)
     assert selected.step.tolist() == [list(range(T))] * 4
     assert bool((selected.step_weight == 1).all())
 
@@ -56,8 +59,8 @@ def test_every_step_is_selected_once():
 def test_credit_by_hand(baseline, advantage):
     """A = r - baseline at every step; weight 1 / B where something was revealed and A is not 0."""
     algorithm = Reinforce(baseline=baseline)
-    _, trajectory = world(algorithm)
-    credited = algorithm.credit(scored(algorithm, trajectory, REWARD))
+    policy, trajectory = world(algorithm)
+    credited = algorithm.credit(scored(algorithm, policy, trajectory, REWARD))
     assert credited.advantage.tolist() == [[a] * T for a in advantage]
     active = torch.tensor([[True] * T] * 2 + [[True, True, False, False]] * 2)
     active &= credited.advantage != 0
@@ -70,7 +73,7 @@ def test_the_gradient_is_the_mean_of_reward_times_score(form):
     algorithm = Reinforce(baseline="none", score=Score(form=form))
     policy, trajectory = world(algorithm)
     assert algorithm.record.score.form == form
-    credited = algorithm.credit(scored(algorithm, trajectory, REWARD))
+    credited = algorithm.credit(scored(algorithm, policy, trajectory, REWARD))
     actions = credited.actions(credited.pairs())
     assert isinstance(policy.denoiser, MlpDenoiser)
     weights = list(policy.denoiser.parameters())
@@ -88,9 +91,9 @@ def test_the_gradient_is_the_mean_of_reward_times_score(form):
 def test_equal_rewards_train_nothing():
     """A group that agrees has no pairs."""
     algorithm = Reinforce()
-    _, trajectory = world(algorithm)
+    policy, trajectory = world(algorithm)
     equal = torch.full((4,), 0.1 + 0.2, dtype=torch.float64)
-    assert len(algorithm.credit(scored(algorithm, trajectory, equal)).pairs()) == 0
+    assert len(algorithm.credit(scored(algorithm, policy, trajectory, equal)).pairs()) == 0
 
 
 def test_one_update_per_rollout_and_no_reference():
@@ -102,7 +105,7 @@ def test_one_update_per_rollout_and_no_reference():
 def test_refusals():
     """A greedy decoder, and a baseline of a group of one."""
     with pytest.raises(ValueError, match="temperature=0 makes the policy deterministic"):
-        Reinforce().check(Decoder(steps=4, temperature=0.0), 4)
+        Reinforce().check(Decoder(steps=4, temperature=0.0), 4, TERMS)
     with pytest.raises(ValueError, match="group_size=1"):
-        Reinforce().check(Decoder(steps=4), 1)
-    Reinforce(baseline="none").check(Decoder(steps=4), 1)
+        Reinforce().check(Decoder(steps=4), 1, TERMS)
+    Reinforce(baseline="none").check(Decoder(steps=4), 1, TERMS)

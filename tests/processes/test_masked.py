@@ -311,6 +311,56 @@ def test_an_impossible_selection_has_no_gradient(mask_column):
     assert bool((gradient == 0).all())
 
 
+def race_score(logits: Tensor, time: Tensor, place: Tensor, candidate: Tensor) -> Tensor:
+    """The race of tokens 0, 1, 2, 0, ... at sampling temperature 0.7, position temperature 0.4."""
+    log_p = masked.token_log_probs(logits, 0.7)
+    token = torch.arange(place.shape[1]).expand_as(place) % 3
+    return masked.race_log_prob(logits, log_p, token, time.log(), place, candidate, 0.4)
+
+
+def test_the_race_by_hand():
+    """Two of four rows in time, one late, one no candidate; times of the others do not matter."""
+    logits = normal(1, 4, 3, seed=8)
+    place = torch.tensor([[1, -1, 0, -1]])
+    candidate = torch.tensor([[True, True, True, False]])
+    law, rate = (logits[0] / 0.7).softmax(-1), logits[0].softmax(-1) ** (1 / 0.4)
+    on_time = sum(math.log(rate[j, j]) - float(rate[j, j]) * t for j, t in ((0, 0.75), (2, 0.5)))
+    late = math.log(sum(float(law[1, v]) * math.exp(-float(rate[1, v]) * 0.75) for v in range(3)))
+    for others in (0.0, 9.0):
+        time = torch.tensor([[0.75, others, 0.5, others]], dtype=torch.float64)
+        score = race_score(logits, time, place, candidate)
+        assert float(score) == pytest.approx(on_time + late, abs=1e-12)
+
+
+@pytest.mark.parametrize("mask_column", [False, True])
+def test_the_gradient_of_the_race(mask_column):
+    """gradcheck in the logits: those in time and those that are late; finite with a mask token."""
+    place = torch.tensor([[1, -1, 0, -1], [-1, 0, -1, -1]])
+    candidate = torch.tensor([[True, True, True, False], [True, True, False, False]])
+    time = torch.tensor([[0.75, 0.0, 0.5, 0.0], [0.0, 0.25, 0.0, 0.0]], dtype=torch.float64)
+
+    def score(logits: Tensor) -> Tensor:
+        if mask_column:
+            never = torch.full_like(logits[..., :1], -INF)
+            logits = torch.cat([logits, never], -1)
+        return race_score(logits, time, place, candidate)
+
+    logits = normal(2, 4, 3, seed=9).requires_grad_()
+    assert torch.autograd.gradcheck(score, (logits,))
+    (gradient,) = torch.autograd.grad(score(logits).sum(), logits)
+    moved = gradient.abs().sum(-1) > 1e-3
+    assert torch.equal(moved, candidate)
+
+
+def test_the_race_of_a_step_that_reveals_nothing():
+    """log 1 = 0, with candidates left over and with no rows at all."""
+    logits, nothing = normal(2, 3, 4), torch.full((2, 3), -1)
+    candidate, time = torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, 3, dtype=torch.float64)
+    for rows in (slice(0, 3), slice(0, 0)):
+        score = race_score(logits[:, rows], time[:, rows], nothing[:, rows], candidate[:, rows])
+        assert score.tolist() == [0.0, 0.0]
+
+
 def test_low_confidence_of_a_step_that_reveals_nothing():
     """log 1 = 0, with candidates left over and with no rows at all."""
     logits = normal(2, 3, 4)

@@ -20,7 +20,9 @@ from rescore.sampling.rng import SampleRng
 from rescore.types import MaskedTrajectory, Prompts
 
 V, L, T, TAU = 3, 7, 4, 0.7
-ORDERS = ("random", "left_to_right", "max_prob", "low_confidence", "plackett_luce")
+COUNTABLE = ("random", "left_to_right", "max_prob", "low_confidence", "plackett_luce")
+"""Orders of which a step has finitely many outcomes."""
+ORDERS = (*COUNTABLE, "soft_low_confidence")
 EXACT = Score(form="tokens_and_selection")
 EVERYTHING = Record(score=EXACT, entropy=True)
 OUTSIDE = 9
@@ -123,7 +125,7 @@ def test_invariants_of_a_trajectory(order, blocks):
 
 @every_order
 @every_blocks
-@pytest.mark.parametrize("slots", [None, Slots(n=2, by="top_entropy")])
+@pytest.mark.parametrize("slots", [None, Slots(n=2, by="top", completions=True)])
 def test_every_canvas_is_rebuilt_from_ranks(order, blocks, slots):
     """state(k) is the canvas the network was shown in step k."""
     recording = Recording(network())
@@ -146,6 +148,11 @@ def test_a_sample_does_not_depend_on_its_batch(order):
         part, same = draw(policy, prompts.take(rows)), whole.take(rows)
         assert torch.equal(part.x_0, same.x_0)
         assert torch.equal(part.rank, same.rank)
+        if order == "soft_low_confidence":
+            assert part.log_time is not None and same.log_time is not None
+            torch.testing.assert_close(part.log_time, same.log_time, rtol=0, atol=1e-12)
+        else:
+            assert part.log_time is None
         assert part.entropy is not None and same.entropy is not None
         torch.testing.assert_close(part.log_prob, same.log_prob, rtol=0, atol=1e-12)
         torch.testing.assert_close(part.entropy, same.entropy, rtol=0, atol=1e-12)
@@ -212,6 +219,15 @@ def by_hand(trajectory: MaskedTrajectory, denoiser: TinyDenoiser, order: str, i:
         for j in set(left) - set(drawn):
             mass = sum(float(law[j, w]) for w in range(V) if (float(p[j, w]), -j) < bar)
             selection += math.log(mass)
+    elif order == "soft_low_confidence" and drawn:
+        assert one.log_time is not None
+        rate, time = p ** (1 / 0.5), one.log_time[0].exp().tolist()
+        assert [time[j] for j in drawn] == sorted(time[j] for j in drawn)
+        for j in drawn:
+            w = float(rate[j, token[j]])
+            selection += math.log(w) - w * time[j]
+        for j in set(left) - set(drawn):
+            selection += math.log(float(law[j] @ (-rate[j] * time[drawn[-1]]).exp()))
     return tokens, selection, entropy
 
 
@@ -272,7 +288,7 @@ def test_low_confidence_probabilities_are_those_of_the_samplers_own_rule(n_steps
     assert sum(recorded for _, recorded in outcomes.values()) == pytest.approx(1, abs=1e-13)
 
 
-@every_order
+@pytest.mark.parametrize("order", COUNTABLE)
 def test_paths_appear_as_often_as_their_log_probability_says(order):
     """Frequencies of the 54 or fewer two-step paths of a world of two positions."""
     n, denoiser = 20_000, TableDenoiser(V, 2, generator=torch.Generator().manual_seed(2))
@@ -292,6 +308,100 @@ def test_paths_appear_as_often_as_their_log_probability_says(order):
     assert float(p.sum()) == pytest.approx(1, abs=0.01)
     z = (count - n * p) / (n * p).sqrt()
     assert float(z[n * p > 5].abs().max()) < 4
+
+
+def two_positions(n: int) -> Prompts:
+    """n samples of a world of two blanks."""
+    return Prompts(
+        tokens=torch.full((n, 2), 2),
+        editable=torch.ones(n, 2, dtype=torch.bool),
+        group=torch.arange(n),
+        sample_id=torch.arange(n),
+        info={},
+    )
+
+
+SOFT = Decoder(steps=2, order="soft_low_confidence", temperature=TAU, position_temperature=0.4)
+
+
+def soft_world() -> MaskedPolicy:
+    """Two tokens at two positions, one revealed in each step."""
+    return MaskedPolicy(TableDenoiser(2, 2, generator=torch.Generator().manual_seed(6)), SOFT)
+
+
+def soft_outcomes(policy: MaskedPolicy) -> dict[tuple[int, int], Tensor]:
+    """P(position l first, with token a) = sum_b p~_l(a) p~_j(b) w_l(a) / (w_l(a) + w_j(b))."""
+    logits = policy.denoiser.predict(torch.full((1, 2), 2))[0]
+    law, rate = (logits / TAU).softmax(-1), logits.softmax(-1) ** (1 / 0.4)
+    return {
+        (i, a): law[i, a] * (law[1 - i] * rate[i, a] / (rate[i, a] + rate[1 - i])).sum()
+        for i, a in itertools.product(range(2), range(2))
+    }
+
+
+def test_soft_low_confidence_is_a_density_and_its_score_the_gradient_of_the_path_law():
+    """Integrated over the time on a fine grid, everything summed over tokens and positions.
+
+    The densities give each outcome its closed-form probability, and reward times density times
+    score integrates to the gradient of the expected reward.
+    """
+    policy, outcomes = soft_world(), soft_outcomes(soft_world())
+    assert sum(float(p.detach()) for p in outcomes.values()) == pytest.approx(1, abs=1e-14)
+    log_t = torch.linspace(-36.0, 9.0, 1500, dtype=torch.float64)
+    volume = log_t.exp() * (log_t[1] - log_t[0])  # dt = t d log t
+    reward = torch.tensor([[0.3, -1.0], [0.75, 0.5]], dtype=torch.float64)
+    n, expected, found = len(log_t), torch.zeros(()), torch.zeros(())
+    assert isinstance(policy.denoiser, TableDenoiser)
+    weights = list(policy.denoiser.parameters())
+    for (i, a), probability in soft_outcomes(policy).items():
+        first = torch.arange(2) == i
+        paths = MaskedTrajectory(
+            prompts=two_positions(n),
+            x_0=torch.where(first, a, 0).expand(n, -1),
+            rank=torch.where(first, 0, 2).expand(n, -1),
+            log_prob=torch.zeros(n, 2, dtype=torch.float64),
+            max_revealed=1,
+            max_candidates=2,
+            log_time=torch.where(first, log_t[:, None], 0.0),
+        )
+        log_prob = policy.transition(paths, torch.zeros(n, dtype=torch.long), EXACT).log_prob
+        mass = log_prob.detach().exp() * volume
+        assert float(mass.sum()) == pytest.approx(float(outcomes[i, a].detach()), abs=1e-9)
+        expected = expected + reward[i, a] * probability
+        found = found + reward[i, a] * (mass * log_prob).sum()
+    exact, measured = (torch.autograd.grad(value, weights)[0] for value in (expected, found))
+    assert float(exact.norm()) > 0.01
+    torch.testing.assert_close(measured, exact, rtol=0, atol=1e-9)
+
+
+def test_soft_low_confidence_reveals_each_position_as_often_as_its_law_says():
+    """Frequencies of the first reveal over 20,000 samples, and the mean of its time."""
+    n, policy = 20_000, soft_world()
+    trajectory = draw(policy, two_positions(n))
+    assert trajectory.log_time is not None
+    early = trajectory.step_of() == 0
+    assert bool((early.sum(1) == 1).all())
+    logits = policy.denoiser.predict(torch.full((1, 2), 2)).detach()[0]
+    law, rate = (logits / TAU).softmax(-1), logits.softmax(-1) ** (1 / 0.4)
+    for (i, a), probability in soft_outcomes(policy).items():
+        hit = early[:, i] & (trajectory.x_0[:, i] == a)
+        p = float(probability.detach())
+        assert abs(float(hit.sum()) - n * p) < 4 * math.sqrt(n * p * (1 - p))
+    # of two exponentials the first comes after a time of mean 1 / (the sum of their rates)
+    pair = law[0][:, None] * law[1]
+    mean = float((pair / (rate[0][:, None] + rate[1])).sum())
+    times = trajectory.log_time[early].exp()
+    assert abs(float(times.mean()) - mean) < 4 * float(times.std()) / math.sqrt(n)
+
+
+def test_a_cold_race_is_low_confidence_remasking():
+    """As position_temperature falls the order of the times is that of the confidences."""
+    prompts = boards()
+    cold = Decoder(steps=T, order="soft_low_confidence", temperature=TAU, position_temperature=5e-3)
+    race = draw(MaskedPolicy(network(), cold), prompts, Record())
+    hard = draw(MaskedPolicy(network(), decoder("low_confidence")), prompts, Record())
+    assert torch.equal(race.x_0, hard.x_0)
+    assert torch.equal(race.rank, hard.rank)
 
 
 @torch.no_grad()
@@ -324,7 +434,7 @@ def test_orders_choose_what_they_say():
 def test_only_candidate_rows_go_through_the_vocabulary_head(order):
     """Rows asked for: those revealed where the order needs no logits, else the candidates."""
     recording = Recording(network())
-    draw(MaskedPolicy(recording, decoder(order, blocks=2)), boards())
+    draw(MaskedPolicy(recording, decoder(order, blocks=2)), boards(), EVERYTHING)
     block = masked.blocks_of(boards().editable, 2)
     quota, candidates = masked.reveal_quota(block, 2, T)
     needed = quota if order in ("random", "left_to_right") else candidates
@@ -345,7 +455,7 @@ def stored_bytes(trajectory: MaskedTrajectory) -> int:
 def test_storage_grows_by_scalars_per_step():
     """log_prob and entropy: two float64 per sample and step; nothing else knows the step count."""
     prompts = boards()
-    record = Record(entropy=True, slots=Slots(n=2, by="reservoir"))
+    record = Record(entropy=True, slots=Slots(n=2, by="importance", completions=True))
     size = {
         steps: stored_bytes(draw(MaskedPolicy(network(), Decoder(steps=steps)), prompts, record))
         for steps in (2, 4, 16)
@@ -381,15 +491,16 @@ class Operators(TorchDispatchMode):
 
 
 @every_order
-@pytest.mark.parametrize("slots", [None, Slots(n=2, by="top_entropy"), Slots(n=2, by="reservoir")])
-def test_the_step_loop_never_waits_for_the_device(order, slots):
-    """Two reads before the loop, none in it; no operator whose output shape depends on values."""
+@pytest.mark.parametrize("by", [None, "top", "bottom", "uniform", "random", "importance"])
+def test_the_step_loop_never_waits_for_the_device(order, by):
+    """One read before the loop, none in it; no operator whose output shape depends on values."""
+    slots = None if by is None else Slots(n=2, by=by, completions=True)
     record = Record(score=EXACT, entropy=True, slots=slots)
     table = TableDenoiser(V, L, generator=torch.Generator().manual_seed(0))
     policy, prompts = MaskedPolicy(table, decoder(order, blocks=2)), boards()
     with HostReads() as reads, Operators() as operators:
         draw(policy, prompts, record)
-    assert reads.names == ["tolist", "tolist"]
+    assert reads.names == ["tolist"]
     waiting = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim"}
     assert not operators.names & waiting
     assert "scatter" in operators.names  # the mode does see the loop

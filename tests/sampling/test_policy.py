@@ -17,7 +17,11 @@ from rescore.types import MaskedTrajectory, Prompts
 
 V, L, T, TAU = 3, 7, 4, 0.7
 every_order = pytest.mark.parametrize(
-    "order", ["random", "left_to_right", "max_prob", "low_confidence", "plackett_luce"]
+    "order",
+    [
+        *("random", "left_to_right", "max_prob"),
+        *("low_confidence", "soft_low_confidence", "plackett_luce"),
+    ],
 )
 every_form = pytest.mark.parametrize("form", ["tokens", "tokens_and_selection"])
 every_blocks = pytest.mark.parametrize("blocks", [1, 2])
@@ -198,3 +202,88 @@ def test_the_law_of_a_transition_is_that_of_the_revealed_rows(order):
         expected = torch.where(trajectory.step_of() == k, entropy, 0.0).sum(1)
         measured = torch.where(replay.revealed, masked.entropy(replay.log_p), 0.0).sum(1)
         torch.testing.assert_close(measured, expected)
+
+
+@every_order
+def test_selection_weight_lies_between_the_two_forms(order):
+    """Recorded and replayed: tokens + weight * choice of positions, so 1 is the exact score."""
+    policy, step = policy_of(order), torch.tensor([0, 1, 0, 2])
+    scores = {
+        0.0: Score(),
+        1.0: Score(form="tokens_and_selection"),
+        0.375: Score(form="tokens_and_selection", selection_weight=0.375),
+    }
+    paths = {weight: draw(policy, score) for weight, score in scores.items()}
+    recorded = {weight: path.log_prob for weight, path in paths.items()}
+    replayed = {
+        weight: policy.transition(paths[0.0], step, score).log_prob
+        for weight, score in scores.items()
+    }
+    for value in (recorded, replayed):
+        torch.testing.assert_close(value[0.375], 0.625 * value[0.0] + 0.375 * value[1.0])
+    decided = order in ("left_to_right", "max_prob")
+    assert torch.equal(recorded[0.0], recorded[1.0]) == decided
+    none = Score(form="tokens_and_selection", selection_weight=0.0)
+    assert torch.equal(draw(policy, none).log_prob, recorded[0.0])
+    for weight in (-0.1, 1.1):
+        with pytest.raises(ValueError, match=r"selection_weight must lie in \[0, 1\]"):
+            Score(selection_weight=weight)
+
+
+@dataclass
+class Counting:
+    """A denoiser that counts the rows of each call."""
+
+    inner: Denoiser
+    rows: list[int]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.inner.vocab_size
+
+    @property
+    def mask_id(self) -> int:
+        return self.inner.mask_id
+
+    def predict(
+        self, x_t: Tensor, *, attend: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        self.rows.append(len(x_t))
+        return self.inner.predict(x_t, attend=attend, positions=positions)
+
+
+@every_order
+@every_form
+@pytest.mark.parametrize("forward_rows", [1, 5, 12, 1024])
+def test_log_probs_are_transitions_whatever_the_parts(order, form, forward_rows):
+    """Column by column what ``transition`` says, without gradients, in forwards of bounded size."""
+    plain, score = policy_of(order), Score(form=form)
+    trajectory = draw(plain, score)
+    counting = Counting(plain.denoiser, [])
+    policy = MaskedPolicy(counting, plain.decoder, forward_rows)
+    step = torch.tensor([[0, 3, 1], [2, 0, 0], [1, 1, 3], [3, 2, 0]])
+    found = policy.log_probs(trajectory, step, score)
+    assert sum(counting.rows) == 12 and max(counting.rows) == min(forward_rows, 12)
+    assert not found.requires_grad
+    for column in range(3):
+        one = plain.transition(trajectory, step[:, column], score).log_prob
+        torch.testing.assert_close(found[:, column], one, rtol=0, atol=1e-12)
+
+
+@every_order
+@pytest.mark.parametrize("forward_rows", [1, 3, 1024])
+def test_completions_whatever_the_parts(order, forward_rows):
+    """The argmax at every position still masked before the step, one row for each; none: none."""
+    plain = policy_of(order)
+    trajectory = draw(plain, Score()).take(torch.tensor([3, 0, 1, 0, 2, 1, 3]))
+    step = torch.tensor([0, 3, 1, 2, 0, 3, 2])
+    counting = Counting(plain.denoiser, [])
+    policy = MaskedPolicy(counting, plain.decoder, forward_rows)
+    found = policy.completions(trajectory, step)
+    assert sum(counting.rows) == 7 and max(counting.rows) <= forward_rows
+    x_t = trajectory.state(step, V)
+    logits = plain.denoiser.predict(x_t, attend=trajectory.prompts.attend)
+    assert torch.equal(found, torch.where(x_t == V, logits.argmax(-1), x_t))
+    assert bool((found[trajectory.prompts.editable] < V).all())
+    nothing = policy.completions(trajectory.take(torch.arange(0)), torch.arange(0))
+    assert nothing.shape == (0, L)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rescore.processes import masked
-from rescore.sampling.rng import MANY_TOKENS, SampleRng, Stream, _philox
+from rescore.sampling.rng import MANY_TOKENS, STREAMS_PER_STEP, SampleRng, Stream, _philox
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def test_the_uniform_is_made_of_the_first_two_words_of_its_counter():
     """u = (k + 1/2) 2^-52; k = 26 high bits of each word at (position, step and stream, sample)."""
     seed, sample, step, where = (7 << 32) + 5, (3 << 32) + 11, 6, 9
     rng = SampleRng(seed, torch.tensor([sample]))
-    counter = [torch.tensor([c]) for c in (where, step * len(Stream) + Stream.SLOT, 11, 3)]
+    counter = [torch.tensor([c]) for c in (where, step * STREAMS_PER_STEP + Stream.SLOT, 11, 3)]
     high, low = (int(word) for word in _philox(counter, 5, 7)[:2])
     expected = (((high >> 6) << 26 | (low >> 6)) + 0.5) / 2**52
     assert rng.uniform(Stream.SLOT, step, torch.tensor([[where]])).item() == expected
@@ -212,6 +212,35 @@ def test_no_global_generator_is_touched():
     """Drawing leaves the generator of torch where it was."""
     before = torch.get_rng_state()
     rng, where = SampleRng(0, torch.arange(3)), torch.arange(4).expand(3, -1)
-    rng.categorical(torch.ones(3, 4, 5), Stream.SELECT, 0, where)
+    rng.categorical(torch.ones(3, 4, 5), Stream.SLOT, 0, where)
     rng.ordered(torch.zeros(3, 4), 2, 0, where)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("rate", [0.25, 1.0, 30.0])
+def test_times_are_exponential_with_their_rate(rate):
+    """Mean 1 / rate, and the largest distance of the empirical law from 1 - exp(-rate t)."""
+    n = 20_000
+    rng, where = SampleRng(11, torch.arange(n // 10)), torch.arange(10).expand(n // 10, -1)
+    log_rate = torch.full((n // 10, 10), math.log(rate), dtype=torch.float64)
+    times = rng.log_times(log_rate, 3, where).exp().flatten()
+    assert abs(float(times.mean()) - 1 / rate) < 4 / rate / math.sqrt(n)
+    law = 1 - (-rate * times.sort().values).exp()
+    distance = (law - (torch.arange(n) + 0.5) / n).abs().max()
+    assert float(distance) < 1.95 / math.sqrt(n)  # Kolmogorov: p = 0.001
+
+
+def test_times_of_each_row_have_the_rate_of_that_row_in_its_dtype():
+    """A time is one draw over the rate; half as fast is twice as late; float32 only rounds."""
+    rng, where = SampleRng(11, torch.arange(50)), torch.arange(4).expand(50, -1)
+    rate = torch.tensor([0.5, 1.0, 2.0, 1e-60], dtype=torch.float64).expand(50, -1)
+    times = rng.log_times(rate.log(), 3, where)
+    assert times.dtype == torch.float64
+    torch.testing.assert_close(times + rate.log(), rng.log_times(torch.zeros_like(rate), 3, where))
+    narrow = rng.log_times(rate.log().float(), 3, where)
+    assert narrow.dtype == torch.float32
+    torch.testing.assert_close(narrow.double(), times, rtol=1e-6, atol=1e-6)
+    assert times.unique().numel() == 200
+    assert not bool((rng.log_times(rate.log(), 4, where) == times).any())
+    part = rng.log_times(rate[:, 2:].log(), 3, where[:, 2:])
+    assert torch.equal(part, times[:, 2:])

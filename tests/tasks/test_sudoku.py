@@ -234,7 +234,7 @@ def test_splits_share_no_solution(task):
     seen = {}
     for split in SPLITS:
         pool = {text(grid) for grid in whole(task, split).info["solution"]}
-        clean = {text(grid) for grid in task.clean(split)}
+        clean = {text(grid) for grid in task.clean(split).x_0}
         assert pool <= clean
         assert {split_of([int(d) - 1 for d in grid]) for grid in clean} == {split}
         seen[split] = clean
@@ -262,9 +262,9 @@ def test_clean_limit_shows_fewer_training_grids_and_the_same_puzzles(side, blank
     """The first training grids only; validation and test grids and all puzzles stay."""
     all_of_them = Sudoku(side=side, blanks=blanks, pool=64, test_pool=8, validation_pool=8)
     limited = dataclasses.replace(all_of_them, clean_limit=5)
-    assert torch.equal(limited.clean("train"), all_of_them.clean("train")[:5])
+    assert torch.equal(limited.clean("train").x_0, all_of_them.clean("train").x_0[:5])
     for split in ("validation", "test"):
-        assert torch.equal(limited.clean(split), all_of_them.clean(split))
+        assert torch.equal(limited.clean(split).x_0, all_of_them.clean(split).x_0)
     index = torch.arange(64)
     same = limited.prompts("train", index).tokens == all_of_them.prompts("train", index).tokens
     assert bool(same.all())
@@ -273,8 +273,8 @@ def test_clean_limit_shows_fewer_training_grids_and_the_same_puzzles(side, blank
 def test_clean_4x4_grids_are_the_whole_split():
     """Pre-training sees every grid of the split, once, however small the pool."""
     task = Sudoku(pool=1, validation_pool=1, test_pool=1)
-    assert [len(task.clean(split)) for split in SPLITS] == [200, 32, 56]
-    assert len(torch.cat([task.clean(split) for split in SPLITS]).unique(dim=0)) == 288
+    assert [len(task.clean(split).x_0) for split in SPLITS] == [200, 32, 56]
+    assert len(torch.cat([task.clean(split).x_0 for split in SPLITS]).unique(dim=0)) == 288
 
 
 # Pure functions
@@ -291,7 +291,7 @@ def test_prompts_are_a_pure_function_of_the_index():
     assert batch.group.tolist() == batch.sample_id.tolist() == [0, 1, 2, 3]
     batch.tokens.fill_(0)
     batch.info["solution"].fill_(0)
-    FOUR.clean("test").fill_(0)
+    FOUR.clean("test").x_0.fill_(0)
     assert torch.equal(whole(FOUR, "test").tokens, everything.tokens)
     assert torch.equal(whole(FOUR, "test").info["solution"], everything.info["solution"])
 
@@ -412,13 +412,15 @@ def test_layout_and_symbols_describe_what_show_prints(task):
     canvas = whole(task, "test").tokens[0]
     layout = task.layout
     assert layout.rows * layout.columns == task.length
-    assert len(task.symbols) == task.vocab_size
+    symbols = [task.symbol(token) for token in range(task.vocab_size)]
+    assert len(set(symbols)) == task.vocab_size
+    assert task.mask_id == task.vocab_size
     bands = [band.splitlines() for band in re.split(r"\n[-+]+\n", task.show(canvas))]
     assert [len(band) for band in bands] == [layout.box_rows] * (layout.rows // layout.box_rows)
     boxes = [box.split() for band in bands for line in band for box in line.split(" | ")]
     assert {len(box) for box in boxes} == {layout.box_columns}
     cells = list(itertools.chain.from_iterable(boxes))
-    assert cells == [(*task.symbols, ".")[token] for token in canvas]
+    assert cells == [[*symbols, "."][token] for token in canvas]
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -77,7 +77,7 @@ def test_the_recorder_passes_calls_on_and_notes_them():
     assert [call[0] for call in recorder.calls] == [False, True]
     assert all(call[1] is x_t for call in recorder.calls)
     assert recorder.calls[0][3] is positions
-    assert recorder.rows == 10
+    assert sum(len(call.x_t) for call in recorder.calls) == 10
     assert (recorder.vocab_size, recorder.mask_id) == (network.vocab_size, network.mask_id)
 
 

@@ -15,17 +15,9 @@ from rescore.models.transformer import Transformer, TransformerConfig
 from rescore.processes.schedules import Cosine
 from rescore.rewards.reward import Reward
 from rescore.tasks.task import Split, Task
-from rescore.training.pretrain import (
-    MIN_T,
-    Pretrain,
-    bound,
-    cached_base,
-    pretrain,
-    rate,
-    stratified_times,
-    validation_bound,
-)
-from rescore.types import Prompts
+from rescore.training.pretrain import Pretrain, cached_base, pretrain
+from rescore.training.supervised import MIN_T, bound, rate, stratified_times, validation_bound
+from rescore.types import Examples, Prompts
 
 V, L = 3, 4
 
@@ -41,9 +33,8 @@ class Repeat(Task):
     def vocab_size(self) -> int:
         return V
 
-    @property
-    def symbols(self) -> tuple[str, ...]:
-        return tuple("abc")
+    def symbol(self, token: int) -> str:
+        return "abc"[token]
 
     @property
     def length(self) -> int:
@@ -59,8 +50,9 @@ class Repeat(Task):
     def prompts(self, split: Split, index: Int[Tensor, " B"]) -> Prompts:
         raise NotImplementedError
 
-    def clean(self, split: Split) -> Int[Tensor, "n L"]:
-        return torch.arange(V).roll(self.first)[:, None].expand(V, L).repeat(self.copies, 1)
+    def clean(self, split: Split) -> Examples:
+        x_0 = torch.arange(V).roll(self.first)[:, None].expand(V, L).repeat(self.copies, 1)
+        return Examples(x_0=x_0, editable=torch.ones_like(x_0, dtype=torch.bool))
 
     def gold(self, prompts: Prompts) -> Int[Tensor, "B L"]:
         raise NotImplementedError
@@ -174,8 +166,9 @@ def test_bound_of_a_uniform_model_by_hand():
     x_0 = torch.tensor([[0, 1, 2, 0], [1, 1, 1, 1]])
     t = torch.tensor([0.5, 0.25], dtype=torch.float64)
     u = torch.tensor([[0.1, 0.6, 0.7, 0.2], [0.74, 0.76, 0.1, 0.2]], dtype=torch.float64)
+    examples = Examples(x_0=x_0, editable=torch.ones_like(x_0, dtype=torch.bool))
     expected = torch.tensor([2 * math.log(V) / 0.5, math.log(V) / 0.25])
-    torch.testing.assert_close(bound(model, x_0, t, u, SHORT.schedule).detach(), expected)
+    torch.testing.assert_close(bound(model, examples, t, u, SHORT.schedule).detach(), expected)
 
 
 def test_the_validation_bound_of_a_known_law_is_exact():
@@ -199,6 +192,122 @@ def test_the_validation_bound_of_a_known_law_is_exact():
     model = Knows(SHAPE, generator=torch.Generator())
     got = validation_bound(model, Repeat().clean("validation"), SHORT)
     assert got == pytest.approx(math.log(V), abs=1e-6)
+
+
+# ---- examples with prompts and padding -----------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copy(Repeat):
+    """Two given tokens, the same two again to be written, and padding that means nothing."""
+
+    filler: int = 0
+
+    @property
+    def length(self) -> int:
+        return 5
+
+    def clean(self, split: Split) -> Examples:
+        pair = torch.cartesian_prod(torch.arange(V), torch.arange(V))
+        x_0 = torch.cat([pair, pair, torch.full((len(pair), 1), self.filler)], 1)
+        x_0[1::2, 4] = (self.filler + 1) % V
+        editable = torch.tensor([False, False, True, True, False]).expand(len(pair), -1)
+        attend = torch.tensor([True, True, True, True, False]).expand(len(pair), -1)
+        return Examples(x_0=x_0, editable=editable, attend=attend)
+
+
+LONGER = dataclasses.replace(SHORT, model=dataclasses.replace(SHAPE, length=5))
+
+
+class Watched(Transformer):
+    """Remembers the canvases it was shown."""
+
+    def predict(self, x_t, *, attend=None, positions=None):
+        SEEN.append((x_t.clone(), attend))
+        return super().predict(x_t, attend=attend, positions=positions)
+
+
+SEEN: list[tuple[Tensor, Tensor | None]] = []
+
+
+def test_only_editable_positions_are_masked():
+    """Prompts and padding are shown as they are, in training and in validation."""
+    SEEN.clear()
+    start, task = Watched(LONGER.model, generator=torch.Generator()), Copy()
+    pretrain(LONGER, task, start=start)
+    shown = torch.cat([x_t for x_t, _ in SEEN])
+    masked = shown == V
+    assert not bool(masked[:, [0, 1, 4]].any())
+    assert bool(masked[:, [2, 3]].any(0).all()) and not bool(masked[:, [2, 3]].all())
+    unmasked = ~masked[:, 2:4]
+    assert torch.equal(shown[:, 2:4][unmasked], shown[:, 0:2][unmasked])
+    assert all(
+        attend is not None and attend.shape == x_t.shape and not bool(attend[:, 4].any())
+        for x_t, attend in SEEN
+    )
+
+
+def test_padding_has_no_influence():
+    """Other tokens under ``attend`` False: the same losses and weights; else they would count."""
+    first, second = [], []
+    model = pretrain(LONGER, Copy(), progress=first.append)
+    assert equal(model, pretrain(LONGER, Copy(filler=2), progress=second.append))
+    assert first == second
+
+    class Unpadded(Copy):
+        def clean(self, split: Split) -> Examples:
+            return dataclasses.replace(super().clean(split), attend=None)
+
+    read = pretrain(LONGER, Unpadded())
+    assert not equal(read, model)
+    assert not equal(read, pretrain(LONGER, Unpadded(filler=2)))
+
+
+def test_a_conditional_task_is_learned():
+    """Given the first two tokens the others are certain: the bound falls from 2 log V to 0."""
+    config = dataclasses.replace(
+        LONGER, steps=150, batch=32, validate_every=150, validation_rows=180, weight_decay=0.0
+    )
+    rows, task = [], Copy()
+    model = pretrain(config, task, progress=rows.append)
+    assert rows[0].validation == pytest.approx(2 * math.log(V), rel=0.1)
+    assert rows[-1].validation < 0.1
+    data = task.clean("test")
+    x_t = torch.where(data.editable, V, data.x_0)
+    filled = model.predict(x_t, attend=data.attend).argmax(-1)
+    assert torch.equal(filled[data.editable], data.x_0[data.editable])
+
+
+def test_the_validation_bound_counts_editable_positions():
+    """A uniform model pays log V for each of them, whatever else is on the canvas."""
+    model = Transformer(LONGER.model, generator=torch.Generator())
+    with torch.no_grad():
+        model.head.weight.zero_()
+    data = Copy().clean("validation")
+    assert validation_bound(model, data, LONGER) == pytest.approx(2 * math.log(V), abs=1e-6)
+    uneven = data.editable.clone()
+    uneven[::3, 3] = False  # three of nine sequences have one editable position
+    some = dataclasses.replace(data, editable=uneven)
+    config = dataclasses.replace(LONGER, validation_rows=180)
+    mean = (3 * 1 + 6 * 2) / 9 * math.log(V)
+    assert validation_bound(model, some, config) == pytest.approx(mean, abs=1e-6)
+
+
+def test_the_cache_knows_prompts_and_padding(tmp_path):
+    """The same tokens with other editable positions, or other padding, are another base."""
+
+    class Shifted(Copy):
+        def clean(self, split: Split) -> Examples:
+            data = super().clean(split)
+            return dataclasses.replace(data, editable=data.editable.roll(-1, 1))
+
+    class Unpadded(Copy):
+        def clean(self, split: Split) -> Examples:
+            return dataclasses.replace(super().clean(split), attend=None)
+
+    for n, task in enumerate((Copy(), Shifted(), Unpadded()), start=1):
+        cached_base(LONGER, task, tmp_path)
+        assert len(list(tmp_path.iterdir())) == n
 
 
 def test_the_learning_rate_rises_linearly_and_falls_along_a_half_cosine():

@@ -159,16 +159,21 @@ def last_half_only(outputs: Tensor, prompts: Prompts) -> Tensor:
     return torch.where(prompts.group >= 2, matches(outputs, prompts), 1.0)
 
 
+def last_group_of_step_1(prompts: Prompts) -> bool:
+    """Samples 28 to 31, of which those with the same output are judged once."""
+    return bool(((prompts.sample_id >= 28) & (prompts.sample_id < 32)).any())
+
+
 def broken_at_the_end(outputs: Tensor, prompts: Prompts) -> Tensor:
-    """Raises for sample 31, the last one of the second step: in the second process of two."""
-    if bool((prompts.sample_id == 31).any()):
+    """Raises for the last group of the second step: in the second process of two."""
+    if last_group_of_step_1(prompts):
         raise KeyError("no such board")
     return matches(outputs, prompts)
 
 
 def interrupts_at_the_end(outputs: Tensor, prompts: Prompts) -> Tensor:
-    """Ctrl-C, for one process, while sample 31 is judged."""
-    if bool((prompts.sample_id == 31).any()):
+    """Ctrl-C, for one process, while that group is judged."""
+    if last_group_of_step_1(prompts):
         os.kill(os.getpid(), signal.SIGINT)
     return matches(outputs, prompts)
 

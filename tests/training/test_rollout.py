@@ -14,7 +14,7 @@ from rescore.algorithms.egspo import Egspo
 from rescore.algorithms.reinforce import Reinforce
 from rescore.models.tiny import MlpDenoiser
 from rescore.models.transformer import TransformerConfig
-from rescore.rewards.reward import RewardError
+from rescore.rewards.reward import Reward, RewardError
 from rescore.sampling.decoder import Decoder
 from rescore.sampling.record import Score
 from rescore.tasks.task import Task
@@ -27,9 +27,11 @@ from rescore.training.rollout import (
     probe,
     prompt_index,
     rollout,
+    sample,
+    score,
 )
-from rescore.types import Prompts, Scored
-from tiny import L, Match, MlpBase, TransformerBase, V, solved, tiny_run, tiny_world
+from rescore.types import Prompts, Scored, Selected
+from tiny import L, Match, MlpBase, TransformerBase, V, matches, solved, tiny_run, tiny_world
 
 
 @pytest.mark.parametrize(("n", "size"), [(4, 15), (5, 15), (15, 15), (40, 15), (1, 1)])
@@ -238,9 +240,9 @@ def raising(outputs: Tensor, prompts: Prompts) -> Tensor:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (wrong_shape, r"'bad' returned shape \(16, 1\); expected \(16,\)"),
-        (nan_for_one, r"'bad' returned nan for sample 5 \(sample_id 5, output"),
-        (raising, "'bad' raised KeyError.*no such board.*sample 6, sample_id 6"),
+        (wrong_shape, r"'bad' returned shape \((\d+), 1\); expected \(\1,\)"),
+        (nan_for_one, r"'bad' returned nan for sample \d+ \(sample_id 5, output"),
+        (raising, r"'bad' raised KeyError.*no such board.*sample \d+, sample_id 6"),
     ],
 )
 def test_a_broken_reward_is_named_with_its_sample(function, message):
@@ -248,3 +250,147 @@ def test_a_broken_reward_is_named_with_its_sample(function, message):
     task = Match(functions={"solved": solved, "bad": function})
     with pytest.raises(RewardError, match=message):
         rollout(tiny_world(replace(run, task=task)), 0)
+
+
+# Judging ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Judge:
+    """Fraction of positions right, and everything it was asked about."""
+
+    asked: list[tuple[int, ...]]
+
+    def __call__(self, outputs: Tensor, prompts: Prompts) -> Tensor:
+        rows = torch.cat([prompts.info["target"], outputs], 1)
+        self.asked += [tuple(row) for row in rows.tolist()]
+        return matches(outputs, prompts)
+
+
+def first_is_a(outputs: Tensor, prompts: Prompts) -> Tensor:
+    return (outputs[:, 0] == 0).double()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighed(Match):
+    """Two terms of different weights."""
+
+    @property
+    def reward(self) -> Reward:
+        return Reward(self.functions, {"judge": 0.5, "a": 0.25})
+
+
+def judged(**changes) -> tuple[Selected, Scored, list[tuple[int, ...]]]:
+    """A selection with completions, its scores, and (target, output) of all that was judged."""
+    judge = Judge([])
+    task = Weighed(functions={"judge": judge, "a": first_is_a})
+    settings = {"n_steps": 3, "lam": 0.5, "beta": 0.0, **changes}
+    world = tiny_world(tiny_run(task=task, algorithm=Egspo(**settings), base=Fixed()))
+    trajectory = sample(world, batch_prompts(world.run, 0))
+    selected = world.run.algorithm.select(world.models, trajectory)
+    return selected, score(world, selected), judge.asked
+
+
+every_selection = pytest.mark.parametrize(
+    "changes",
+    [{"n_steps": 1}, {}, {"selection": "all"}, {"selection": "adaptive", "mass": 0.5}],
+    ids=str,
+)
+
+
+@every_selection
+def test_equal_outputs_of_a_group_are_judged_once(changes):
+    """Every distinct (group, output) once: finished samples and completions that count."""
+    selected, _, asked = judged(**changes)
+    assert selected.completion is not None
+    path = selected.trajectory
+    group, target = path.prompts.group.tolist(), path.prompts.info["target"].tolist()
+    wanted = [(g, *r, *x) for g, r, x in zip(group, target, path.x_0.tolist(), strict=True)]
+    for b, k in (selected.step_weight != 0).nonzero().tolist():
+        wanted.append((group[b], *target[b], *selected.completion[b, k].tolist()))
+    assert sorted(asked) == sorted(row[1:] for row in set(wanted))
+    assert len(asked) < len(wanted)
+
+
+@every_selection
+def test_scores_land_where_they_belong(changes):
+    """What judging each sample and each completion by itself gives; weights are those of terms."""
+    selected, scored, _ = judged(**changes)
+    path, prompts = selected.trajectory, selected.trajectory.prompts
+    assert selected.completion is not None and scored.completion is None
+    torch.testing.assert_close(scored.terms["judge"], matches(path.x_0, prompts))
+    torch.testing.assert_close(scored.terms["a"], first_is_a(path.x_0, prompts))
+    total = 0.5 * scored.terms["judge"] + 0.25 * scored.terms["a"]
+    torch.testing.assert_close(scored.reward, total)
+    counted = selected.step_weight != 0
+    assert set(scored.completion_terms) == {"judge", "a"}
+    for k in range(counted.shape[1]):
+        for name, weight, term in (("judge", 0.5, matches), ("a", 0.25, first_is_a)):
+            alone = weight * term(selected.completion[:, k], prompts)
+            expected = torch.where(counted[:, k], alone, 0.0)
+            torch.testing.assert_close(scored.completion_terms[name][:, k], expected)
+    varied = scored.completion_terms["judge"][counted]
+    assert varied.unique().numel() > 2
+
+
+def test_completions_that_count_for_nothing_are_not_judged():
+    """A completion that would break the reward, in columns of weight 0, never reaches it."""
+    selected, before, _ = judged()
+    assert selected.completion is not None
+    weight, completion = selected.step_weight.clone(), selected.completion.clone()
+    weight[::3, 1] = 0.0
+    completion[::3, 1] = -1
+
+    def strict(outputs: Tensor, prompts: Prompts) -> Tensor:
+        assert bool((outputs >= 0).all()), "a completion of weight 0"
+        return matches(outputs, prompts)
+
+    task = Weighed(functions={"judge": strict, "a": first_is_a})
+    world = tiny_world(tiny_run(task=task, base=Fixed()))
+    spoiled = replace(selected, step_weight=weight, completion=completion)
+    after = score(world, spoiled)
+    dropped = weight == 0
+    for name, value in after.completion_terms.items():
+        assert bool((value[dropped] == 0).all())
+        assert torch.equal(value[~dropped], before.completion_terms[name][~dropped])
+    with pytest.raises(RewardError, match="a completion of weight 0"):
+        score(world, replace(spoiled, step_weight=selected.step_weight))
+
+
+def test_without_completions_there_are_no_completion_terms():
+    """lambda 0: the finished samples alone are judged."""
+    selected, scored, asked = judged(lam=0.0)
+    assert selected.completion is None and scored.completion_terms == {}
+    path = selected.trajectory
+    rows = torch.cat([path.prompts.group[:, None], path.x_0], 1)
+    assert len(asked) == len(rows.unique(dim=0))
+
+
+@pytest.mark.parametrize("forward_rows", [1, 5, 16])
+def test_the_parts_of_a_rollout_change_nothing(forward_rows):
+    """``forward_rows`` bounds the memory; paths, kept steps and completions are the same."""
+    algorithm = Egspo(n_steps=2, lam=0.5, selection="importance")
+
+    def paths(rows: int) -> Scored:
+        run = tiny_run(base=Fixed(), algorithm=algorithm, forward_rows=rows)
+        return rollout(tiny_world(run), 0)[0]
+
+    found, whole = paths(forward_rows), paths(1024)
+    assert torch.equal(found.trajectory.x_0, whole.trajectory.x_0)
+    assert torch.equal(found.trajectory.rank, whole.trajectory.rank)
+    assert torch.equal(found.step, whole.step)
+    for name, value in whole.completion_terms.items():
+        assert torch.equal(found.completion_terms[name], value)
+    for name, value in whole.notes.items():
+        torch.testing.assert_close(found.notes[name], value, rtol=0, atol=1e-12)
+    gap = found.trajectory.log_prob - whole.trajectory.log_prob
+    assert float(gap.abs().max()) < 1e-12
+
+
+def test_stepwise_advantages_train_end_to_end():
+    """The table of a rollout is credited and has pairs to train on, in every selection."""
+    for selection in ("top", "bottom", "uniform", "random", "importance", "all", "adaptive"):
+        algorithm = Egspo(n_steps=2, lam=0.5, selection=selection)
+        world = tiny_world(tiny_run(base=Fixed(), algorithm=algorithm))
+        credited = algorithm.credit(rollout(world, 0)[0])
+        assert len(credited.pairs()) > 16

@@ -5,18 +5,19 @@ from __future__ import annotations
 import functools
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 
 from rescore.algorithms.egspo import Egspo
 from rescore.algorithms.reinforce import Reinforce
 from rescore.sampling.decoder import Decoder
+from rescore.tasks.task import Task
 from rescore.training.optim import Optim
 from rescore.training.rollout import batch_prompts, rollout
 from rescore.training.run import Evaluate, describe, differences
 from rescore.training.update import mini_batches, update
-from tiny import MlpBase, matches, tiny_run, tiny_world
+from tiny import Match, MlpBase, matches, tiny_run, tiny_world
 
 
 def test_the_tiny_run_is_accepted():
@@ -35,6 +36,10 @@ def test_the_tiny_run_is_accepted():
         ),
         ({"decoder": Decoder(steps=3, temperature=0.0)}, "temperature=0 makes.*deterministic"),
         ({"algorithm": Egspo(n_steps=4)}, "n_steps=4 cannot be selected from 3"),
+        (
+            {"algorithm": Egspo(n_steps=1, lam=0.5, completion_term="matchs")},
+            r"'matchs' is no reward term.*'matches', 'solved'",
+        ),
         ({"optim": Optim(mini_batches=2)}, "Reinforce is on-policy.*mini_batches=2"),
         ({"optim": Optim(epochs=2)}, "Reinforce is on-policy.*epochs=2"),
         ({"evaluate": Evaluate(by="matchs")}, r"'matchs' is no reward term.*'matches', 'solved'"),
@@ -52,12 +57,37 @@ def test_the_tiny_run_is_accepted():
         ({"group_size": 0}, "group_size must be at least 1"),
         ({"save_every": 0}, "save_every must be at least 1"),
         ({"keep_last": 0}, "keep_last must be at least 1"),
+        ({"forward_rows": 0}, "forward_rows must be at least 1"),
     ],
 )
 def test_a_run_that_cannot_work_is_refused(changes, message):
     """The message says what was got and what to change."""
     with pytest.raises(ValueError, match=message):
         tiny_run(**changes).check()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Missing(Match):
+    """A task that lacks something."""
+
+    def check(self) -> None:
+        raise ValueError("no board found; buy one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fussy(MlpBase):
+    """A base that fits nothing."""
+
+    def check(self, task: Task, device: str) -> None:
+        raise ValueError(f"no weights for {type(task).__name__} on {device}")
+
+
+def test_task_and_base_are_asked_too():
+    """Each may refuse what is not here; the base is told the task and the device."""
+    with pytest.raises(ValueError, match="no board found; buy one"):
+        tiny_run(task=Missing()).check()
+    with pytest.raises(ValueError, match="no weights for Match on cpu"):
+        tiny_run(base=Fussy()).check()
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from tiny import (
     MlpBase,
     TransformerBase,
     assert_same_run,
+    in_training,
     last_checkpoint,
     rows,
     solved,
@@ -60,14 +61,13 @@ def session(run: Run, out: Path, *, resume: bool = False) -> Path:
     return start(run, Origin(recipe="tiny", arguments=()), out, resume=resume)
 
 
-def acting(run: Run, step: int, action: Callable[[], Any]) -> Run:
-    """The same run by name, but ``action`` judges the samples of a step."""
+def acting(run: Run, step: int, action: Callable[[int], Any]) -> Run:
+    """The same run by name, but ``action`` judges a step; it is told how many outputs there are."""
     plain = run.task.reward.functions["matches"]
 
     def act(outputs: Tensor, prompts: Prompts) -> Any:
-        training = len(outputs) == run.batch_size
-        if training and int(prompts.sample_id[0]) == step * run.batch_size:
-            return action()
+        if in_training(prompts) and int(prompts.sample_id[0]) // run.batch_size == step:
+            return action(len(outputs))
         return plain(outputs, prompts)
 
     act.__module__, act.__qualname__ = "tiny", "matches"
@@ -79,14 +79,19 @@ class Killed(BaseException):
     """Ends a run where it is: nothing is saved on the way out."""
 
 
-def kill() -> None:
+def kill(n: int) -> None:
     raise Killed
 
 
-def interrupt() -> Tensor:
-    """Ctrl-C while the samples of a batch of 16 are judged, which goes on to the end."""
+def staircase(n: int) -> Tensor:
+    """Rewards from 0 to nearly 1."""
+    return torch.arange(n) / n
+
+
+def interrupt(n: int) -> Tensor:
+    """Ctrl-C while the samples of a batch are judged, which goes on to the end."""
     os.kill(os.getpid(), signal.SIGINT)
-    return torch.arange(16.0) / 16
+    return staircase(n)
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +280,7 @@ def test_ctrl_c_finishes_the_step_saves_and_can_be_resumed(tmp_path):
         session(run, tmp_path / "run")
     assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     assert last_checkpoint(tmp_path / "run").step == 2
-    quiet = acting(run, 1, lambda: torch.arange(16.0) / 16)
+    quiet = acting(run, 1, staircase)
     session(quiet, tmp_path / "run", resume=True)
     session(quiet, tmp_path / "straight")
     assert_same_run(tmp_path / "straight", tmp_path / "run")
@@ -288,29 +293,31 @@ def test_ctrl_c_in_the_last_step_finishes_the_run(tmp_path):
     assert last_checkpoint(tmp_path / "run").step == 4
 
 
-def broken(value: Any) -> Callable[[], Any]:
-    if isinstance(value, Exception):
+def two_columns(n: int) -> Tensor:
+    return torch.zeros(n, 2)
 
-        def action() -> Any:
-            raise value
 
-        return action
-    return lambda: value
+def not_a_number(n: int) -> Tensor:
+    return torch.full((n,), torch.nan)
+
+
+def raising(n: int) -> Tensor:
+    raise ZeroDivisionError("no board")
 
 
 @pytest.mark.parametrize(
-    ("value", "message"),
+    ("action", "message"),
     [
-        (torch.zeros(16, 2), r"'matches' returned shape \(16, 2\); expected \(16,\)"),
-        (torch.full((16,), torch.nan), r"'matches' returned nan for sample 0 \(sample_id 48"),
-        (ZeroDivisionError("no board"), "'matches' raised ZeroDivisionError: no board"),
+        (two_columns, r"'matches' returned shape \((\d+), 2\); expected \(\1,\)"),
+        (not_a_number, r"'matches' returned nan for sample 0 \(sample_id (48|49|50|51)"),
+        (raising, "'matches' raised ZeroDivisionError: no board"),
     ],
 )
-def test_a_reward_that_breaks_leaves_the_last_finished_step(value, message, straight, tmp_path):
+def test_a_reward_that_breaks_leaves_the_last_finished_step(action, message, straight, tmp_path):
     """It is saved although no checkpoint was due; with the reward mended the run is the same."""
     run = tiny_run()
     with pytest.raises(RewardError, match=message):
-        session(acting(run, 3, broken(value)), tmp_path / "run")
+        session(acting(run, 3, action), tmp_path / "run")
     assert checkpoint.steps(tmp_path / "run" / "checkpoints")[-1] == 3
     session(run, tmp_path / "run", resume=True)
     assert_same_run(straight("plain"), tmp_path / "run")
@@ -323,6 +330,7 @@ def test_rows_say_what_they_are(straight):
     assert metrics[0].keys() == {
         *("step", "samples", "reward", "matches", "solved", "zero_variance_groups", "entropy"),
         *("loss", "gradient_norm", "skipped_updates", "impossible", "kl_old_new", "kl_new_ref"),
+        "network_rows",
         *("clip_fraction", "ratio_min", "ratio_max"),
     }
     assert metrics[0]["kl_new_ref"] == pytest.approx(0, abs=1e-12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -41,8 +42,13 @@ class Algorithm(abc.ABC):
         """True if the loss is valid for one optimiser step per rollout only."""
         return False
 
-    def check(self, decoder: Decoder, group_size: int) -> None:
-        """Refuse a decoder or a group size that the method cannot use.
+    def check(self, decoder: Decoder, group_size: int, terms: Sequence[str]) -> None:
+        """Refuse a decoder, a group size or a reward that the method cannot use.
+
+        Args:
+            decoder: how paths are sampled.
+            group_size: samples per prompt.
+            terms: names of the reward terms.
 
         Raises:
             ValueError: says which, and what to change.
@@ -53,7 +59,7 @@ class Algorithm(abc.ABC):
                 f"its log-probabilities have no gradient to train on; use one above 0"
             )
 
-    def select(self, trajectory: MaskedTrajectory, rng: Rng) -> Selected:
+    def select(self, models: Models, trajectory: MaskedTrajectory) -> Selected:
         """Choose the steps that count; the default is all of them, each once."""
         n_samples, n_steps = trajectory.log_prob.shape
         step = torch.arange(n_steps, device=trajectory.x_0.device).expand(n_samples, -1)

@@ -7,6 +7,7 @@ expected gradient is exactly that of E[r]; the group mean scales it by 1 - 1/G.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -49,13 +50,13 @@ class Reinforce(Algorithm):
     def on_policy(self) -> bool:
         return True
 
-    def check(self, decoder: Decoder, group_size: int) -> None:
-        super().check(decoder, group_size)
+    def check(self, decoder: Decoder, group_size: int, terms: Sequence[str]) -> None:
+        super().check(decoder, group_size, terms)
         check_group(self.baseline, group_size)
 
     def credit(self, scored: Scored) -> Credited:
-        advantage = centre(scored.reward, scored.trajectory.prompts.group, self.baseline)
-        advantage = advantage[:, None].expand_as(scored.step_weight)
+        returns = scored.reward[:, None].expand_as(scored.step_weight)
+        advantage = centre(returns, scored.trajectory.prompts.group, self.baseline)
         active = (advantage != 0) & (scored.trajectory.revealed() > 0)
         weight = torch.where(active, scored.step_weight / len(scored.reward), 0.0)
         return Credited(**scored.fields(), advantage=advantage, weight=weight)

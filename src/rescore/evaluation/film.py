@@ -33,7 +33,7 @@ def film_strip(
     trajectory = policy.sample(prompts, Record(), SampleRng(seed, index.to(device)))
     steps = torch.arange(policy.decoder.steps + 1, device=device)
     frames = [
-        {"step": k, "cells": cells(task, trajectory.state(steps[k : k + 1], task.vocab_size)[0])}
+        {"step": k, "cells": cells(task, trajectory.state(steps[k : k + 1], task.mask_id)[0])}
         for k in range(policy.decoder.steps + 1)
     ]
     terms = task.reward.terms(trajectory.x_0, prompts)
@@ -48,4 +48,4 @@ def film_strip(
 
 def cells(task: Task, tokens: torch.Tensor) -> list[str]:
     """Each token as text; the mask as an empty cell."""
-    return [task.symbols[t] if t < task.vocab_size else "" for t in tokens.tolist()]
+    return ["" if token == task.mask_id else task.symbol(token) for token in tokens.tolist()]

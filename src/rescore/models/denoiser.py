@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
@@ -44,3 +45,30 @@ class Denoiser(Protocol):
             Logits; the column of ``mask_id``, if there is one, is -inf.
         """
         ...
+
+
+@dataclass
+class Counted:
+    """A denoiser that counts its network rows: canvases that went through the network."""
+
+    network: Denoiser
+    rows: int = 0
+
+    @property
+    def vocab_size(self) -> int:
+        return self.network.vocab_size
+
+    @property
+    def mask_id(self) -> int:
+        return self.network.mask_id
+
+    def predict(
+        self,
+        x_t: Int[Tensor, "B L"],
+        *,
+        attend: Bool[Tensor, "B L"] | None = None,
+        positions: Int[Tensor, "B R"] | None = None,
+    ) -> Float[Tensor, "B R V"]:
+        """Pass the call on and count its rows."""
+        self.rows += len(x_t)
+        return self.network.predict(x_t, attend=attend, positions=positions)

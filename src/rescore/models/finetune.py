@@ -66,6 +66,8 @@ def add_lora(module: M, lora: Lora, *, generator: torch.Generator) -> M:
     with torch.random.fork_rng(devices=[]):  # peft draws weights of its own; they are replaced
         inject_adapter_in_model(config, module)
     for name, parameter in module.named_parameters():
+        if ".lora_" in name:  # in 16 bits small updates would be lost
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         if ".lora_A." in name:
             bound = parameter.shape[1] ** -0.5
             draw = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)

@@ -14,12 +14,21 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-Order = Literal["random", "left_to_right", "max_prob", "low_confidence", "plackett_luce"]
+Order = Literal[
+    "random",
+    "left_to_right",
+    "max_prob",
+    "low_confidence",
+    "soft_low_confidence",
+    "plackett_luce",
+]
 """How a step chooses positions; part of the policy.
 
 random: uniformly, without replacement. left_to_right: the leftmost. max_prob: where max_v p(v) is
 largest. low_confidence: sample a token everywhere, keep the n with the largest p(token) (LLaDA's
-"low-confidence remasking"). plackett_luce: without replacement in proportion to
+"low-confidence remasking"). soft_low_confidence: sample a token everywhere, draw for each a time
+from the exponential law of rate p(token)^(1 / position_temperature), keep the n earliest; colder is
+closer to low_confidence. plackett_luce: without replacement in proportion to
 exp(max_v log p(v) / position_temperature); the weights depend on the state only.
 """
 
@@ -180,3 +189,35 @@ def low_confidence_log_prob(
     log_f = torch.where(loses, log_p, FAR_BELOW).logsumexp(-1)
     log_f = torch.where(possible, log_f, -torch.inf)
     return torch.where(competing, log_f, 0.0).sum(-1)
+
+
+def race_log_prob(
+    logits: Float[Tensor, "N R V"],
+    log_p: Float[Tensor, "N R V"],
+    token: Int[Tensor, "N R"],
+    log_time: Float[Tensor, "N R"],
+    place: Int[Tensor, "N R"],
+    candidate: Bool[Tensor, "N R"],
+    position_temperature: float,
+) -> Float[Tensor, " N"]:
+    r"""Log-density of the times of soft_low_confidence, given the tokens revealed.
+
+    With rates w_j(v) = p_j(v)^(1 / position_temperature), revealed set U and t* its latest time:
+
+        sum over U of (log w(token) - w(token) time) + sum over the rest of
+        log sum_v p~(v) exp(-w(v) t*),
+
+    the last being the probability that a row is later than t* whatever token it drew. Times are
+    part of the action and held fixed; with ``tokens_log_prob`` this is the exact log-density of the
+    step. It is a smooth relative of ``low_confidence_log_prob``.
+    """
+    if place.shape[-1] == 0:  # no sample chooses anything in this step
+        return log_p.new_zeros(len(place))
+    revealed = place >= 0
+    log_rate = confidence_log_probs(logits) / position_temperature
+    drawn = log_rate.gather(-1, token[..., None]).squeeze(-1)
+    on_time = torch.where(revealed, drawn - (drawn + log_time).exp(), 0.0).sum(-1)
+    latest = torch.where(revealed, log_time, -torch.inf).amax(-1, keepdim=True)[..., None]
+    late = (log_p - (log_rate + latest).exp()).logsumexp(-1)
+    competing = candidate & ~revealed & revealed.any(-1, keepdim=True)
+    return on_time + torch.where(competing, late, 0.0).sum(-1)

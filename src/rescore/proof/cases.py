@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,6 +36,8 @@ class Case:
     """What the gradient is claimed to be multiplied by; None = claimed to be biased."""
     beta: float = 0.0
     """Weight of the KL in the objective, reward units per nat."""
+    exact_values: bool = False
+    """The exact value of each state stands in the place of its completion's reward."""
 
     @property
     def name(self) -> str:
@@ -55,6 +58,8 @@ class Case:
     def option(self) -> str:
         """The order, and every setting that is not the default, as ``name=value`` words."""
         words = [*_settings(self.algorithm), f"order={self.order}"]
+        if self.exact_values:
+            words.insert(0, "r_hat=V")
         if self.temperature != 1:
             words.append(f"temperature={self.temperature:g}")
         return " ".join(words)
@@ -156,13 +161,46 @@ def egspo() -> Iterator[Case]:
             yield case(algorithm=top, factor=factor if n_steps == world.steps else None)
             if n_steps == 1 or (n_steps == 2 and (world in TWO_STEPS or order in FEW_PATHS)):
                 yield case(algorithm=replace(top, selection="importance"), factor=factor)
+                share = n_steps / world.steps
+                yield case(algorithm=replace(top, selection="random"), factor=factor * share)
         if order in DRAWN and chooses(world):
             drawn = Egspo(n_steps=1, selection="importance", baseline="leave_one_out", beta=0.0)
             yield case(algorithm=drawn, factor=None)
+        yield from stepwise(world, order)
 
     for world, kl in itertools.product(WORLDS, KL):
         algorithm = Egspo(n_steps=world.steps, baseline="leave_one_out", beta=0.5, kl=kl)
         yield Case(algorithm=algorithm, world=world, beta=algorithm.beta, factor=None)
+
+
+def stepwise(world: World, order: Order) -> Iterator[Case]:
+    """EGSPO-SA: its baseline looks at the state only, so it changes no expectation of all steps.
+
+    {top, importance, all} x {lambda 0.5, exact value} x {tokens, tokens_and_selection}; lambda 0 is
+    what ``egspo`` itself claims.
+    """
+    case = partial(Case, world=world, order=order)
+    for form in ("tokens", "tokens_and_selection"):
+        if form == "tokens_and_selection" and order not in (*DRAWN, "random"):
+            continue  # it adds nothing
+        exact = form == "tokens_and_selection" or order not in DRAWN or not chooses(world)
+        plain = Egspo(
+            n_steps=1, beta=0.0, baseline="leave_one_out", lam=0.5, score=Score(form=form)
+        )
+        for selection in ("top", "importance", "all"):
+            algorithm = replace(plain, selection=selection)
+            factor = 1.0 if exact and selection != "top" else None
+            yield case(algorithm=algorithm, factor=factor)
+            ideal = replace(algorithm, lam=math.inf, baseline="none")
+            yield case(algorithm=ideal, factor=factor, exact_values=True)
+        if not exact:
+            continue
+        every = replace(plain, selection="all")
+        yield case(algorithm=replace(every, normalise=False), factor=1.5)
+        yield case(algorithm=replace(every, baseline="group_mean"), factor=0.5)
+        yield case(algorithm=replace(every, lam_schedule="rising"), factor=1.0)
+        yield case(algorithm=replace(every, lam=math.inf), factor=1.0)
+        yield case(algorithm=replace(every, centre_completions=False), factor=1.0)
 
 
 CASES: Mapping[str, Callable[[], Iterator[Case]]] = {"reinforce": reinforce, "egspo": egspo}

@@ -72,6 +72,16 @@ class EnumeratingRng:
             weight = weight.scatter(1, row, 0.0)
         return chosen
 
+    def log_times(
+        self, log_rate: Float[Tensor, "B R"], step: int, where: Int[Tensor, "B R"]
+    ) -> Float[Tensor, "B R"]:
+        """Times are continuous.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("times cannot be enumerated; soft_low_confidence is proven by quadrature")
+
     def _digit(self, radix: int) -> Int[Tensor, " B"]:
         self.n_outcomes *= radix
         digit, self.rest = self.rest % radix, self.rest // radix
@@ -89,7 +99,8 @@ class Paths(NamedTuple):
 def enumerate_paths(denoiser: Tabled, decoder: Decoder, world: World, record: Record) -> Paths:
     """Run ``sample_masked`` on all outcomes; outcomes that give the same path are added up.
 
-    Several do where the sampler draws more than it keeps: ``low_confidence`` drops proposals.
+    Several do where the sampler draws more than it keeps: ``low_confidence`` drops proposals, and a
+    slot forgets the steps it exchanged. Paths that keep other steps are other paths.
     """
     dry = EnumeratingRng(torch.zeros(1, dtype=torch.long))
     with torch.no_grad():
@@ -97,16 +108,40 @@ def enumerate_paths(denoiser: Tabled, decoder: Decoder, world: World, record: Re
     rng = EnumeratingRng(torch.arange(dry.n_outcomes))
     with torch.enable_grad():
         all_of_them = sample_masked(denoiser, decoder, world.prompts(dry.n_outcomes), record, rng)
-    name = torch.cat([all_of_them.x_0, all_of_them.rank], 1)
-    path = name.unique(dim=0, return_inverse=True)[1]
-    n_paths = int(path.max()) + 1
-    first = torch.full((n_paths,), len(path)).scatter_reduce(
-        0, path, torch.arange(len(path)), "amin"
-    )
+    possible = (rng.probability > 0).nonzero()[:, 0]
+    paths, probability = all_of_them.take(possible), rng.probability[possible]
+    kept = [] if paths.kept is None else [paths.kept.step]
+    name = torch.cat([paths.x_0, paths.rank, *kept], 1)
+    path, first = distinct_rows(name)
     return Paths(
-        trajectory=all_of_them.map(torch.Tensor.detach).take(first),
-        probability=rng.probability.new_zeros(n_paths).index_add(0, path, rng.probability),
+        trajectory=paths.map(torch.Tensor.detach).take(first),
+        probability=probability.new_zeros(len(first)).index_add(0, path, probability),
     )
+
+
+def distinct_rows(table: Int[Tensor, "N C"]) -> tuple[Int[Tensor, " N"], Int[Tensor, " M"]]:
+    """The number of each row among the M distinct ones, and a row that has each number."""
+    number = table.unique(dim=0, return_inverse=True)[1]
+    row = torch.arange(len(number))
+    n_distinct = int(number.max()) + 1
+    return number, torch.full((n_distinct,), len(row)).scatter_reduce(0, number, row, "amin")
+
+
+def _values(
+    trajectory: MaskedTrajectory,
+    probability: Float[Tensor, " N"],
+    reward: Float[Tensor, " N"],
+    mask_id: int,
+) -> Float[Tensor, "N T"]:
+    """V(x_t) = E[r | x_t] at the state before every step, from all paths."""
+    columns = []
+    for k in range(trajectory.n_steps):
+        step = torch.full((len(reward),), k)
+        state, first = distinct_rows(trajectory.state(step, mask_id))
+        mass = torch.zeros(len(first), dtype=reward.dtype).index_add(0, state, probability)
+        total = torch.zeros_like(mass).index_add(0, state, probability * reward)
+        columns.append((total / mass)[state])
+    return torch.stack(columns, 1)
 
 
 def exact_gradient(world: World, decoder: Decoder, beta: float = 0.0) -> Float[Tensor, " D"]:
@@ -139,13 +174,21 @@ class Estimate:
 
 
 class Groups:
-    """All that an algorithm may meet: items (a path and a selection of its steps), and any two.
+    """All that an algorithm may meet: paths with the steps it selects on each, and any two.
 
-    ``select`` and ``annotate`` work sample by sample, so they run once per item, not per group.
+    ``select`` and ``annotate`` work sample by sample, so they run once per path, not per group.
+
+    Args:
+        algorithm: whose estimator is enumerated.
+        world: where.
+        decoder: how paths are sampled.
+        exact_values: put the exact value of each state in the place of its completion's reward.
     """
 
-    def __init__(self, algorithm: Algorithm, world: World, decoder: Decoder) -> None:
-        algorithm.check(decoder, GROUP_SIZE)
+    def __init__(
+        self, algorithm: Algorithm, world: World, decoder: Decoder, *, exact_values: bool
+    ) -> None:
+        algorithm.check(decoder, GROUP_SIZE, ["reward"])
         self.algorithm, self.world = algorithm, world
         canvases = world.canvases()
         self.new = Tabled.of(world.denoiser(POLICY_SEED), canvases)
@@ -155,16 +198,20 @@ class Groups:
 
         paths, probability = enumerate_paths(self.new, decoder, world, algorithm.record)
         self.new.uses.clear()
-        dry = EnumeratingRng(torch.zeros(len(probability), dtype=torch.long))
-        algorithm.select(paths, dry)
-        self.path = torch.arange(len(probability)).repeat_interleave(dry.n_outcomes)
-        rng = EnumeratingRng(torch.arange(dry.n_outcomes).repeat(len(probability)))
-        selected = algorithm.select(paths.take(self.path), rng)
-        self.probability = probability.detach()[self.path] * rng.probability
-
+        self.probability = probability.detach()
+        self.path = distinct_rows(torch.cat([paths.x_0, paths.rank], 1))[0]
         rows = self._rows()
+        selected = algorithm.select(self.models, paths)
         reward = world.reward(selected.trajectory.x_0)
-        scored = Scored(**selected.fields(), reward=reward, terms={})
+        completion_terms = {}
+        if exact_values:
+            value = _values(paths, self.probability, reward, world.vocab_size)
+            completion_terms["reward"] = value.gather(1, selected.step)
+        elif selected.completion is not None:
+            flat = world.reward(selected.completion.flatten(0, 1))
+            completion_terms["reward"] = flat.view(selected.step.shape)
+        fields = {**selected.fields(), "completion": None}
+        scored = Scored(**fields, reward=reward, terms={}, completion_terms=completion_terms)
         self.items = algorithm.annotate(self.models, scored)
         self.forwards = (self._rows() - rows) / len(reward)
 
@@ -224,9 +271,18 @@ class Groups:
         return self.new.rows + self.ref.rows
 
 
-def expectation(algorithm: Algorithm, world: World, decoder: Decoder) -> Estimate:
-    """Mean and variance of an algorithm's estimator over all groups of two and all selections."""
-    groups = Groups(algorithm, world, decoder)
+def expectation(
+    algorithm: Algorithm, world: World, decoder: Decoder, *, exact_values: bool = False
+) -> Estimate:
+    """Mean and variance of an algorithm's estimator over all groups of two and all selections.
+
+    Args:
+        algorithm: whose estimator is enumerated.
+        world: where.
+        decoder: how paths are sampled.
+        exact_values: put the exact value of each state in the place of its completion's reward.
+    """
+    groups = Groups(algorithm, world, decoder, exact_values=exact_values)
     item = torch.arange(len(groups.probability))
     mean, square, forwards = torch.zeros(()), torch.zeros(()), torch.zeros(())
     for members in torch.cartesian_prod(item, item).split(CHUNK):

@@ -84,7 +84,7 @@ def verify(names: Sequence[str] | None = None) -> list[Row]:
 def check(case: Case, expected: Mapping[str, float]) -> Row:
     """Enumerate one case; ``expected`` has the figures of the biased ones."""
     exact = exact_gradient(case.world, case.decoder, case.beta)
-    estimate = expectation(case.algorithm, case.world, case.decoder)
+    estimate = expectation(case.algorithm, case.world, case.decoder, exact_values=case.exact_values)
     factor = 1.0 if case.factor is None else case.factor
     bias = (estimate.mean - factor * exact).norm() / exact.norm()
     row = Row(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rescore.models.denoiser import Denoiser
@@ -13,7 +13,7 @@ from rescore.processes import masked
 from rescore.sampling.decoder import Decoder
 from rescore.sampling.record import Record, Score
 from rescore.sampling.rng import Rng, Stream
-from rescore.sampling.slots import CompletionSlots
+from rescore.sampling.slots import StepSlots
 from rescore.types import MaskedTrajectory, Prompts
 
 
@@ -27,6 +27,8 @@ class StepRows:
     """Order of the reveal within the step; -1 for rows not revealed."""
     n_candidates: Int[Tensor, " N"]
     """How many positions the step chose from; where all are listed, their rows come first."""
+    log_time: Float[Tensor, "N R"] | None = None
+    """Logarithm of when each row was revealed, for ``soft_low_confidence``."""
 
 
 def step_log_prob(
@@ -44,18 +46,37 @@ def step_log_prob(
     log_prob = masked.tokens_log_prob(log_p, rows.token, revealed)
     if score.form == "tokens":
         return log_prob, log_p
+    selection = _selection_log_prob(logits, log_p, rows, decoder)
+    if selection is not None:
+        log_prob = log_prob + score.selection_weight * selection.to(log_prob.dtype)
+    return log_prob, log_p
+
+
+def _selection_log_prob(
+    logits: Float[Tensor, "N R V"], log_p: Float[Tensor, "N R V"], rows: StepRows, decoder: Decoder
+) -> Float[Tensor, " N"] | None:
+    """Log-probability of the positions given the tokens; None where the state decides them."""
+    revealed = rows.place >= 0
     candidate = torch.arange(rows.place.shape[1], device=log_p.device) < rows.n_candidates[:, None]
     if decoder.order == "random":
-        constant = masked.random_order_log_prob(rows.n_candidates, revealed.sum(1))
-        log_prob = log_prob + constant.to(log_prob.dtype)
-    elif decoder.order == "plackett_luce":
+        return masked.random_order_log_prob(rows.n_candidates, revealed.sum(1))
+    if decoder.order == "plackett_luce":
         log_weight = masked.confidence_log_probs(logits).amax(-1) / decoder.position_temperature
-        log_prob = log_prob + masked.plackett_luce_log_prob(log_weight, rows.place, candidate)
-    elif decoder.order == "low_confidence":
-        log_prob = log_prob + masked.low_confidence_log_prob(
-            logits, log_p, rows.token, rows.place, candidate
+        return masked.plackett_luce_log_prob(log_weight, rows.place, candidate)
+    if decoder.order == "low_confidence":
+        return masked.low_confidence_log_prob(logits, log_p, rows.token, rows.place, candidate)
+    if decoder.order == "soft_low_confidence":
+        assert rows.log_time is not None
+        return masked.race_log_prob(
+            logits,
+            log_p,
+            rows.token,
+            rows.log_time,
+            rows.place,
+            candidate,
+            decoder.position_temperature,
         )
-    return log_prob, log_p
+    return None
 
 
 def sample_masked(
@@ -64,21 +85,26 @@ def sample_masked(
     """Fill the editable positions of every canvas in ``decoder.steps`` steps.
 
     Network rows: T forwards of B canvases. The vocabulary head sees only the rows a step may write,
-    unless completions are recorded. Memory: the canvas, one rank per position, and scalars per
-    step. The caller decides about gradients: ``MaskedPolicy.sample`` disables them, the proofs keep
-    them.
+    unless completions are recorded: then every row that may be written. Memory: the canvas, one
+    rank per position, the steps kept, and scalars per step. The caller decides about gradients:
+    ``MaskedPolicy.sample`` disables them, the proofs keep them.
     """
     n_samples, length = prompts.tokens.shape
     block = masked.blocks_of(prompts.editable, decoder.blocks)
     quota, candidates = masked.reveal_quota(block, decoder.blocks, decoder.steps)
-    widths: list[int] = quota.amax(0).tolist()  # the one host synchronisation, before the loop
-    spans: list[int] = candidates.amax(0).tolist()
+    most = [*quota.amax(0), *candidates.amax(0), prompts.editable.sum(1).amax()]
+    numbers: list[int] = torch.stack(most).tolist()  # the one host synchronisation
+    widths, spans = numbers[: decoder.steps], numbers[decoder.steps : -1]
     everywhere = torch.arange(length, device=block.device).expand(n_samples, -1)
+    writable = columns_of(prompts.editable, numbers[-1])
+    row_of = (prompts.editable.cumsum(1) - 1).clamp(min=0)  # the inverse of ``writable``
 
     x_t = prompts.tokens
     rank = torch.full_like(x_t, -1)
-    slots = CompletionSlots(record.slots, x_t) if record.slots else None
-    log_probs, entropies = [], []
+    plan = record.slots
+    slots = None if plan is None else StepSlots(plan, x_t, quota > 0, rng)
+    by_entropy = plan is not None and plan.by in ("top", "bottom", "importance")
+    log_probs, entropies, log_time = [], [], None
     for k in range(decoder.steps):
         open_here = (rank < 0) & (block == k // decoder.steps_per_block)
         width, n_revealed = widths[k], quota[:, k]
@@ -89,32 +115,37 @@ def sample_masked(
             log_weight = torch.where(open_here, 0.0, masked.FAR_BELOW)
             position = rng.ordered(log_weight, width, k, everywhere)
         elif decoder.order == "left_to_right":
-            position = (~open_here).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
+            position = columns_of(open_here, width)
         else:
-            position = (~open_here).to(torch.uint8).argsort(dim=1, stable=True)[:, : spans[k]]
-        if slots is None:
-            completion = x_t
+            position = columns_of(open_here, spans[k])
+        if plan is None or not plan.completions:
+            completion = None
             logits = denoiser.predict(x_t, attend=prompts.attend, positions=position)
         else:  # a completion needs the logits of every masked position
-            everything = denoiser.predict(x_t, attend=prompts.attend)
-            logits = everything.gather(1, _columns(position, everything))
-            completion = torch.where((rank < 0) & prompts.editable, everything.argmax(-1), x_t)
+            everything = denoiser.predict(x_t, attend=prompts.attend, positions=writable)
+            logits = everything.gather(1, _columns(row_of.gather(1, position), everything))
+            completion = fill_in(x_t, (rank < 0) & prompts.editable, writable, everything)
 
         law = masked.token_log_probs(logits, decoder.temperature)
         rows = _act(logits, law, position, width, n_revealed, candidates[:, k], decoder, rng, k)
         log_prob, _ = step_log_prob(logits, rows, decoder, record.score)
         log_probs.append(log_prob)
         revealed = rows.place >= 0
-        if record.entropy or slots is not None:
+        entropy = None
+        if record.entropy or by_entropy:
             entropy = torch.where(revealed, masked.entropy(law.detach()), 0.0).sum(1)
-            entropies.append(entropy)
+            entropies += [entropy] if record.entropy else []
         if slots is not None:
-            slots.offer(k, completion, entropies[-1], n_revealed > 0, rng)
+            slots.offer(k, completion, entropy)
 
         written = torch.where(revealed, rows.token, x_t.gather(1, rows.position))
         x_t = x_t.scatter(1, rows.position, written)
         ranks = torch.where(revealed, k * length + rows.place, rank.gather(1, rows.position))
         rank = rank.scatter(1, rows.position, ranks)
+        if rows.log_time is not None:
+            log_time = rows.log_time.new_zeros(rank.shape) if log_time is None else log_time
+            known = torch.where(revealed, rows.log_time, log_time.gather(1, rows.position))
+            log_time = log_time.scatter(1, rows.position, known)
 
     return MaskedTrajectory(
         prompts=prompts,
@@ -124,8 +155,28 @@ def sample_masked(
         max_revealed=max(widths),
         max_candidates=max(spans),
         entropy=torch.stack(entropies, 1) if record.entropy else None,
-        completions=slots.completions() if slots is not None else None,
+        log_time=log_time,
+        kept=None if slots is None else slots.kept(log_probs[0].dtype),
     )
+
+
+def columns_of(chosen: Bool[Tensor, "B L"], width: int) -> Int[Tensor, "B R"]:
+    """The first ``width`` chosen positions of each row, left to right, then any others."""
+    return (~chosen).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
+
+
+def fill_in(
+    x_t: Int[Tensor, "B L"],
+    still: Bool[Tensor, "B L"],
+    position: Int[Tensor, "B R"],
+    logits: Float[Tensor, "B R V"],
+) -> Int[Tensor, "B L"]:
+    """x_hat_0: the most probable token at every position where ``still`` holds.
+
+    Source: the one-step completion of EGSPO-SA, arXiv:2603.12554. ``position`` names the rows of
+    the logits, distinct ones, all that are still masked among them.
+    """
+    return torch.where(still, x_t.scatter(1, position, logits.argmax(-1)), x_t)
 
 
 def _act(
@@ -148,9 +199,13 @@ def _act(
 
     candidate = torch.arange(position.shape[1], device=position.device) < n_candidates[:, None]
     confidence = masked.confidence_log_probs(logits)
-    if decoder.order == "low_confidence":
+    log_time = None
+    if decoder.order in ("low_confidence", "soft_low_confidence"):
         token = rng.categorical(law.exp(), Stream.TOKEN, k, position)
         key = confidence.gather(-1, token[..., None]).squeeze(-1)
+        if decoder.order == "soft_low_confidence":
+            log_time = rng.log_times(key / decoder.position_temperature, k, position)
+            key = -log_time
         chosen = _largest(key.masked_fill(~candidate, -torch.inf), width)
     else:
         key = confidence.amax(-1)
@@ -164,7 +219,7 @@ def _act(
         drawn = rng.categorical(chosen_law.exp(), Stream.TOKEN, k, position.gather(1, chosen))
         token = torch.zeros_like(position).scatter(1, chosen, drawn)
     place = torch.full_like(position, -1).scatter(1, chosen, place)
-    return StepRows(position, token, place, n_candidates)
+    return StepRows(position, token, place, n_candidates, log_time)
 
 
 def _largest(key: Float[Tensor, "B R"], n: int) -> Int[Tensor, "B n"]:

@@ -9,8 +9,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rescore.models.denoiser import Denoiser
+from rescore.sampling.chunks import over_rows
 from rescore.sampling.decoder import Decoder
-from rescore.sampling.discrete import StepRows, sample_masked, step_log_prob
+from rescore.sampling.discrete import StepRows, columns_of, fill_in, sample_masked, step_log_prob
 from rescore.sampling.record import Record, Score
 from rescore.sampling.rng import Rng
 from rescore.types import MaskedTrajectory, Prompts
@@ -34,11 +35,49 @@ class MaskedPolicy:
 
     denoiser: Denoiser
     decoder: Decoder
+    forward_rows: int = 1024
+    """Network rows per forward without gradients; any value gives the same paths and numbers."""
 
     @torch.no_grad()
     def sample(self, prompts: Prompts, record: Record, rng: Rng) -> MaskedTrajectory:
         """Draw one path per prompt, recording what ``record`` asks for."""
         return sample_masked(self.denoiser, self.decoder, prompts, record, rng)
+
+    @torch.no_grad()
+    def log_probs(
+        self, trajectory: MaskedTrajectory, step: Int[Tensor, "B K"], score: Score
+    ) -> Float[Tensor, "B K"]:
+        """Score several steps of each path: B K network rows, a part at a time, no gradients."""
+        n_columns = step.shape[1]
+
+        def part(rows: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+            rows = rows.to(step.device)
+            paths = trajectory.take(rows // n_columns)
+            return self.transition(paths, step.flatten()[rows], score).log_prob
+
+        parts = over_rows(part, step.numel(), at_most=self.forward_rows)
+        return torch.cat(parts).view_as(step)
+
+    @torch.no_grad()
+    def completions(
+        self, trajectory: MaskedTrajectory, step: Int[Tensor, " N"]
+    ) -> Int[Tensor, "N L"]:
+        """The one-step completion from the state before step ``step[i]`` of path i.
+
+        One network row each, a part at a time; while sampling they cost none (``Slots``).
+        """
+
+        def part(rows: Int[Tensor, " n"]) -> Int[Tensor, "n L"]:
+            rows = rows.to(step.device)
+            paths = trajectory.take(rows)
+            x_t = paths.state(step[rows], self.denoiser.mask_id)
+            still = paths.step_of() >= step[rows, None]
+            position = columns_of(still, int(still.sum(1).amax()))
+            logits = self.denoiser.predict(x_t, attend=paths.prompts.attend, positions=position)
+            return fill_in(x_t, still, position, logits)
+
+        parts = over_rows(part, len(step), at_most=self.forward_rows)
+        return torch.cat(parts) if parts else trajectory.x_0[:0]
 
     def transition(
         self, trajectory: MaskedTrajectory, step: Int[Tensor, " N"], score: Score
@@ -47,6 +86,7 @@ class MaskedPolicy:
         listing_all = score.form == "tokens_and_selection" and self.decoder.order in (
             "plackett_luce",
             "low_confidence",
+            "soft_low_confidence",
         )
         rows = self._rows(trajectory, step, listing_all)
         x_t = trajectory.state(step, self.denoiser.mask_id)
@@ -77,6 +117,9 @@ class MaskedPolicy:
             token=token.gather(1, position),
             place=place.gather(1, position),
             n_candidates=candidate.sum(1),
+            log_time=None
+            if trajectory.log_time is None
+            else trajectory.log_time.gather(1, position),
         )
 
 

@@ -24,7 +24,10 @@ class Stream(IntEnum):
     TOKEN = 0
     POSITION = 1
     SLOT = 2
-    SELECT = 3
+
+
+STREAMS_PER_STEP = 4
+"""Numbers reserved for each step, so that a new stream leaves the draws of the others alone."""
 
 
 @runtime_checkable
@@ -46,6 +49,12 @@ class Rng(Protocol):
         """n rows without replacement, in the order drawn, in proportion to their weights."""
         ...
 
+    def log_times(
+        self, log_rate: Float[Tensor, "B R"], step: int, where: Int[Tensor, "B R"]
+    ) -> Float[Tensor, "B R"]:
+        """The logarithm of a time per row, exponential with this rate."""
+        ...
+
 
 @dataclass(frozen=True)
 class SampleRng:
@@ -62,7 +71,7 @@ class SampleRng:
         sample = self.sample_id[:, None].expand_as(where)
         counter = [
             where & _LOW,
-            torch.full_like(where, step * len(Stream) + stream),
+            torch.full_like(where, step * STREAMS_PER_STEP + stream),
             sample & _LOW,
             (sample >> 32) & _LOW,
         ]
@@ -90,6 +99,13 @@ class SampleRng:
         gumbel = -(-self.uniform(Stream.POSITION, step, where).log()).log()
         key = log_weight.double() + gumbel
         return key.argsort(dim=-1, descending=True, stable=True)[:, :n]
+
+    def log_times(
+        self, log_rate: Float[Tensor, "B R"], step: int, where: Int[Tensor, "B R"]
+    ) -> Float[Tensor, "B R"]:
+        """log(-log u) - log rate, in the dtype of the rates; rates may be too small for it."""
+        waiting = -self.uniform(Stream.POSITION, step, where).log()
+        return waiting.log().to(log_rate.dtype) - log_rate
 
 
 _LOW = 0xFFFFFFFF

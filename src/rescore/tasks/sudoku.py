@@ -21,7 +21,7 @@ from torch import Tensor
 from rescore.rewards.reward import Reward
 from rescore.tasks.sudoku_grids import BOXES, MOST_BLANKS, completions, grids_4x4, puzzle_pool
 from rescore.tasks.task import Layout, Split, Task
-from rescore.types import Prompts
+from rescore.types import Examples, Prompts
 
 
 def _right(outputs: Int[Tensor, "B L"], prompts: Prompts) -> Bool[Tensor, "B L"]:
@@ -95,10 +95,9 @@ class Sudoku(Task):
         """The digits."""
         return self.side
 
-    @property
-    def symbols(self) -> tuple[str, ...]:
+    def symbol(self, token: int) -> str:
         """The digits 1 to ``side``."""
-        return tuple(str(digit + 1) for digit in range(self.side))
+        return str(token + 1)
 
     @property
     def layout(self) -> Layout:
@@ -142,13 +141,14 @@ class Sudoku(Task):
         puzzles, solutions = self._pool(split)
         return self._as_prompts(torch.tensor(puzzles[rows]), torch.tensor(solutions[rows]))
 
-    def clean(self, split: Split) -> Int[Tensor, "n L"]:
+    def clean(self, split: Split) -> Examples:
         """4x4: every grid of the split. Larger: the solutions of its pool, duplicates removed.
 
         Of the training split only the first ``clean_limit``.
         """
         grids = grids_4x4(split) if self.side == 4 else np.unique(self._pool(split)[1], axis=0)
-        return torch.tensor(grids[: self.clean_limit] if split == "train" else grids)
+        x_0 = torch.tensor(grids[: self.clean_limit] if split == "train" else grids)
+        return Examples(x_0=x_0, editable=torch.ones_like(x_0, dtype=torch.bool))
 
     def gold(self, prompts: Prompts) -> Int[Tensor, "B L"]:
         """The solution of each puzzle."""
@@ -157,7 +157,7 @@ class Sudoku(Task):
     def show(self, tokens: Int[Tensor, " L"]) -> str:
         """Rows of digits, boxes set apart by lines; ``parse`` reads it back."""
         rows, columns = BOXES[self.side]
-        cells = [(*self.symbols, ".")[token] for token in tokens.tolist()]
+        cells = ["." if t == self.mask_id else self.symbol(t) for t in tokens.tolist()]
         boxes = _joined(cells, columns, " ")
         lines = _joined(boxes, self.side // columns, " | ")
         rule = "-+-".join(["-" * (2 * columns - 1)] * (self.side // columns))
@@ -172,7 +172,8 @@ class Sudoku(Task):
             ValueError: any other character, or a wrong number of cells.
         """
         cells = [char for char in puzzle if char not in " \t\r\n|-+"]
-        known = {"0": self.side, ".": self.side} | {s: d for d, s in enumerate(self.symbols)}
+        known = {self.symbol(digit): digit for digit in range(self.side)}
+        known |= {"0": self.mask_id, ".": self.mask_id}
         strange = sorted(set(cells) - set(known))
         if strange:
             raise ValueError(

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from rescore.rewards.reward import Reward
-from rescore.types import Prompts
+from rescore.types import Examples, Prompts
 
 Split = Literal["train", "validation", "test"]
 
@@ -34,12 +34,16 @@ class Task(abc.ABC):
     @property
     @abc.abstractmethod
     def vocab_size(self) -> int:
-        """Number of ordinary tokens V; the mask token is V."""
+        """Number of tokens V that a model of this task predicts."""
 
     @property
+    def mask_id(self) -> int:
+        """The mask token; V unless a tokenizer says otherwise."""
+        return self.vocab_size
+
     @abc.abstractmethod
-    def symbols(self) -> tuple[str, ...]:
-        """Each of the V ordinary tokens as text."""
+    def symbol(self, token: int) -> str:
+        """One ordinary token as text."""
 
     @property
     def layout(self) -> Layout:
@@ -68,8 +72,12 @@ class Task(abc.ABC):
         """
 
     @abc.abstractmethod
-    def clean(self, split: Split) -> Int[Tensor, "n L"]:
-        """Finished sequences of a split, to pre-train or validate a base model on."""
+    def clean(self, split: Split) -> Examples:
+        """Finished sequences of a split, to train or validate a base model on.
+
+        Raises:
+            ValueError: this task has none.
+        """
 
     @abc.abstractmethod
     def gold(self, prompts: Prompts) -> Int[Tensor, "B L"]:
@@ -86,6 +94,14 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def show(self, tokens: Int[Tensor, " L"]) -> str:
         """One canvas as text a person can read; masks are dots."""
+
+    def check(self) -> None:
+        """Refuse what cannot work on this machine, before anything is loaded or written.
+
+        Raises:
+            ValueError: says what is missing and what to do.
+        """
+        return
 
     def validate(self, n: int = 16) -> None:
         """Score the gold outputs of each split and demand the full reward of every term.

@@ -20,6 +20,14 @@ class Base(abc.ABC):
     ``Pretrain`` trains a small one; an adapter for large models loads weights.
     """
 
+    def check(self, task: Task, device: str) -> None:
+        """Refuse what cannot work on this machine, before anything is loaded or written.
+
+        Raises:
+            ValueError: says what is missing and what to do.
+        """
+        return
+
     @abc.abstractmethod
     def build(
         self,

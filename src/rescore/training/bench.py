@@ -85,11 +85,6 @@ class Recorder:
     def mask_id(self) -> int:
         return self.network.mask_id
 
-    @property
-    def rows(self) -> int:
-        """Canvases that went through the network."""
-        return sum(len(call.x_t) for call in self.calls)
-
     def predict(
         self,
         x_t: Int[Tensor, "B L"],
@@ -142,7 +137,7 @@ def measure(recipe: str, run: Run, *, repeats: int = 7) -> Row:
             "credit_s": spent["cpu/annotate_s"] + before_update - before_credit,
             "update_s": end - before_update,
             "total_s": end - clock,
-            "rows": recorder.rows / run.optim.updates_per_rollout,
+            "rows": sum(len(call.x_t) for call in recorder.calls) / run.optim.updates_per_rollout,
         }
         figures["bare_s"] = replay(world, bare, optimizer, recorder)
         if step >= WARM_UP:

@@ -94,18 +94,22 @@ def train(world: World, out: Path, console: Console) -> None:
             stack.callback(sink.close)
         while state.step < run.steps:
             clock, cpu = time.perf_counter(), time.process_time()
+            rows = world.network_rows()
             try:
                 scored, times = rollout(world, state.step)
             except RewardError:
                 if saved != state.step:
                     save()
                 raise
+            rows = world.network_rows() - rows
             if not probed:
                 console.note(f"ratio probe: {probe(world, scored):.1e} nat per step")
                 probed = True
             credited = run.algorithm.credit(scored)
             update_clock = time.perf_counter()
+            rows -= world.network_rows()  # of the probe, which not every step makes
             metrics = update(world, credited, state.step)
+            metrics["network_rows"] = world.over_all(rows + world.network_rows())
             state.step += 1
             state.samples += run.batch_size
             state.cpu_s += time.process_time() - cpu
@@ -144,9 +148,8 @@ def rollout_metrics(scored: Scored) -> dict[str, float]:
     """What a rollout earned, and how spread out it was."""
     trajectory = scored.trajectory
     metrics = {"reward": scored.reward.mean(), **{n: v.mean() for n, v in scored.terms.items()}}
-    metrics["zero_variance_groups"] = (
-        zero_variance(scored.reward, trajectory.prompts.group).double().mean()
-    )
+    equal = zero_variance(scored.reward[:, None], trajectory.prompts.group)
+    metrics["zero_variance_groups"] = equal.double().mean()
     if trajectory.entropy is not None:
         metrics["entropy"] = trajectory.entropy.sum(1).mean()
     names = list(metrics)
@@ -178,6 +181,7 @@ def evaluate_split(
                 split,
                 mine,
                 seed=run.seed ^ EVALUATION_SEED,
+                batch_size=min(256, run.forward_rows),
                 device=accelerator.device,
             )
         except RewardError as error:

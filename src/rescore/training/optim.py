@@ -36,7 +36,7 @@ class Optim:
     mini_batches: int = 1
     """Updates per pass; each uses an equal share of the samples."""
     micro_batch: int = 512
-    """Network rows per backward pass; any value gives the same gradient."""
+    """Most network rows per backward pass; fewer are tried when memory ends. Changes no result."""
     max_skipped: int = 10
     """Stop after this many updates in a row were skipped as non-finite."""
 

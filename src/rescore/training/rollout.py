@@ -13,11 +13,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from rescore.rewards.reward import RewardError
+from rescore.sampling.chunks import over_rows
 from rescore.sampling.rng import SampleRng
 from rescore.training.optim import TrainingError
 from rescore.training.run import Run
 from rescore.training.world import World
-from rescore.types import Prompts, Scored, Selected
+from rescore.types import MaskedTrajectory, Prompts, Scored, Selected, joined
 
 PROBE_TOLERANCE = {"float32": 1e-5, "float64": 1e-12, "bfloat16": 0.1}
 """Largest difference, in nats per step, between recorded and replayed log-probabilities."""
@@ -68,10 +69,9 @@ def rollout(world: World, step: int) -> tuple[Scored, dict[str, float]]:
     share = run.batch_size // accelerator.num_processes
     first = accelerator.process_index * share
     prompts = prompts.take(torch.arange(first, first + share)).to(accelerator.device)
-    rng = SampleRng(run.seed, prompts.sample_id)
     with world.autocast():
-        trajectory = world.models.new.sample(prompts, run.algorithm.record, rng)
-    selected = run.algorithm.select(trajectory, rng)
+        trajectory = sample(world, prompts)
+        selected = run.algorithm.select(world.models, trajectory)
     clock.append((time.perf_counter(), time.process_time()))
     scored = score(world, selected)
     clock.append((time.perf_counter(), time.process_time()))
@@ -93,19 +93,58 @@ def rollout(world: World, step: int) -> tuple[Scored, dict[str, float]]:
     return scored, seconds
 
 
+def sample(world: World, prompts: Prompts) -> MaskedTrajectory:
+    """One path per prompt, in parts that fit into memory; the parts change nothing."""
+
+    def part(rows: Tensor) -> MaskedTrajectory:
+        some = prompts.take(rows.to(prompts.tokens.device))
+        rng = SampleRng(world.run.seed, some.sample_id)
+        return world.models.new.sample(some, world.run.algorithm.record, rng)
+
+    return joined(over_rows(part, prompts.n_samples, at_most=world.run.forward_rows))
+
+
 def score(world: World, selected: Selected) -> Scored:
-    """Judge the finished samples; if that fails on one process, it fails on all."""
-    trajectory = selected.trajectory
-    reward = world.run.task.reward
-    terms, failure = {}, None
+    """Judge the finished samples and the selected completions; if one process fails, all do.
+
+    Outputs of a group that are equal are judged once: a completion often is the finished sample.
+    Completions in columns of weight 0 are not looked at.
+    """
+    trajectory, reward = selected.trajectory, world.run.task.reward
+    n_samples = len(trajectory.x_0)
+    outputs, sample = trajectory.x_0, torch.arange(n_samples, device=trajectory.x_0.device)
+    counted = selected.step_weight != 0
+    if selected.completion is not None:
+        of_sample, column = counted.nonzero().unbind(1)
+        outputs = torch.cat([outputs, selected.completion[of_sample, column]])
+        sample = torch.cat([sample, of_sample])
+    group = trajectory.prompts.group[sample, None]
+    table, number = torch.cat([group, outputs], 1).unique(dim=0, return_inverse=True)
+    row = torch.full((len(table),), len(outputs), device=number.device)
+    row = row.scatter_reduce(0, number, torch.arange(len(outputs), device=number.device), "amin")
+    order = row.argsort()  # as they came, and not as they sort
+    row, number = row[order], order.argsort()[number]
+    judged, failure = {}, None
     try:
-        terms = reward.terms(trajectory.x_0, trajectory.prompts)
+        judged = reward.terms(outputs[row], trajectory.prompts.take(sample[row]))
     except RewardError as error:
         failure = error
     if world.anywhere(failure is not None):
         raise failure or RewardError("a reward failed on another process, which says more")
-    total = reward.total(terms).to(trajectory.log_prob.dtype)
-    return Scored(**selected.fields(), reward=total, terms=terms)
+    every = {name: value[number] for name, value in judged.items()}
+    terms = {name: value[:n_samples] for name, value in every.items()}
+    completion_terms = {}
+    if selected.completion is not None:
+        for name, value in every.items():
+            empty = torch.zeros_like(selected.step_weight)
+            of_completions = value[n_samples:].to(empty) * reward.weights.get(name, 1.0)
+            completion_terms[name] = empty.masked_scatter(counted, of_completions)
+    return Scored(
+        **{**selected.fields(), "completion": None},
+        reward=reward.total(terms).to(trajectory.log_prob.dtype),
+        terms=terms,
+        completion_terms=completion_terms,
+    )
 
 
 def gather(accelerator: Accelerator, scored: Scored) -> Scored:
@@ -140,14 +179,11 @@ def probe(world: World, scored: Scored) -> float:
     n_samples, n_steps = trajectory.log_prob.shape
     rows = torch.arange(min(PROBE_ROWS, n_samples * n_steps), device=trajectory.log_prob.device)
     sample, step = rows * n_samples // len(rows), rows % n_steps  # spread over both
-    worst = 0.0
-    for chunk in rows.split(run.optim.micro_batch):
-        paths, k = trajectory.take(sample[chunk]), step[chunk]
-        with world.autocast():
-            replayed = world.models.new.transition(paths, k, run.algorithm.record.score).log_prob
-        recorded = trajectory.log_prob[sample[chunk], k]
-        gap = (replayed.detach() - recorded).abs().max().item()
-        worst = max(worst, gap if math.isfinite(gap) else math.inf)
+    recorded = trajectory.log_prob[sample, step]
+    with world.autocast():
+        paths, column = trajectory.take(sample), step[:, None]
+        replayed = world.models.new.log_probs(paths, column, run.algorithm.record.score)[:, 0]
+    worst = (replayed - recorded).abs().nan_to_num(nan=math.inf).max().item()
     tolerance = PROBE_TOLERANCE[run.precision]
     if not worst <= tolerance:
         raise TrainingError(

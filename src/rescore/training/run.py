@@ -59,6 +59,9 @@ class Run:
     """Samples per prompt."""
     optim: Optim = field(default_factory=Optim)
     """How weights are updated."""
+    forward_rows: int = 1024
+    """Most network rows per forward without gradients; fewer are tried when memory ends. Changes
+    no result."""
     lora: Lora | None = None
     """Train low-rank adapters instead of all weights."""
     ema: float = 0.0
@@ -84,7 +87,14 @@ class Run:
         Raises:
             ValueError: says what was got, what was expected and what to change.
         """
-        for name in ("steps", "batch_size", "group_size", "save_every", "keep_last"):
+        for name in (
+            "steps",
+            "batch_size",
+            "group_size",
+            "save_every",
+            "keep_last",
+            "forward_rows",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("every", "n", "n_test"):
@@ -128,7 +138,9 @@ class Run:
                 f"device '{self.device}' cannot be used here ({str(error).splitlines()[0][:120]}); "
                 f"try --device cpu"
             ) from error
-        self.algorithm.check(self.decoder, self.group_size)
+        self.task.check()
+        self.base.check(self.task, self.device)
+        self.algorithm.check(self.decoder, self.group_size, tuple(self.task.reward.functions))
 
 
 def describe(value: Any) -> Any:

@@ -238,7 +238,7 @@ def evaluate_run(run: Run, directory: Path, options: Evaluation) -> dict[str, An
     Raises:
         ValueError: the device cannot be used, or the directory has no usable checkpoint.
     """
-    world = _best_world(run, directory, options)
+    world = best_world(run, directory, options)
     values = evaluate_split(world, options.split, options.n)
     label = f"{directory}, {options.split}, {options.decoder}"
     return {"label": label, "metrics": summarise(values)}
@@ -255,7 +255,7 @@ def sample_run(run: Run, directory: Path, options: Sampling) -> list[str]:
         prompts = task.read(options.prompts)
     else:
         prompts = task.prompts(options.split, torch.arange(options.n))
-    world = _best_world(run, directory, options)
+    world = best_world(run, directory, options)
     prompts = prompts.to(world.accelerator.device)
     with world.autocast():
         rng = SampleRng(options.seed, prompts.sample_id)
@@ -273,8 +273,12 @@ def sample_run(run: Run, directory: Path, options: Sampling) -> list[str]:
     ]
 
 
-def _best_world(run: Run, directory: Path, options: Evaluation) -> World:
-    """The world of a run with its best weights, to be used as ``options`` say."""
+def best_world(run: Run, directory: Path, options: Evaluation) -> World:
+    """The world of a run with its best weights, to be used as ``options`` say.
+
+    Raises:
+        ValueError: the device cannot be used, or the directory has no usable checkpoint.
+    """
     run = dataclasses.replace(run, device=options.device, precision=options.precision, ema=0.0)
     run.check()
     step = checkpoint.latest(directory / "checkpoints")

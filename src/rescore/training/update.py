@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from rescore.sampling.rng import SampleRng
@@ -34,28 +36,58 @@ def update(world: World, credited: Credited, step: int) -> dict[str, float]:
     """All updates of one rollout; the metrics are means over the pairs trained on."""
     run, accelerator = world.run, world.accelerator
     sums = MetricSums(accelerator.device)
-    norms = []
+    norms, micro_batch = [], run.optim.micro_batch
     for pairs in mini_batches(run, credited, step):
         if not len(pairs):
             continue
         mine = pairs[accelerator.process_index :: accelerator.num_processes]
         idle = not len(mine)  # fewer pairs than processes: take part, but count for nothing
-        total = torch.zeros((), device=accelerator.device, dtype=credited.weight.dtype)
-        for chunk in (pairs[:1] if idle else mine).split(run.optim.micro_batch):
-            actions = credited.actions(chunk)
-            rng = SampleRng(run.seed, actions.trajectory.prompts.sample_id)
-            with world.autocast():
-                terms = run.algorithm.loss(world.models, actions, rng)
-            weight = actions.weight * (0.0 if idle else run.optim.mini_batches)
-            loss = (terms.loss * weight).sum()
-            loss.backward()
-            total += loss.detach()
-            sums.add(terms, count=0 if idle else len(chunk))
+        mine = pairs[:1] if idle else mine
+        total = None
+        while total is None:
+            before = copy.deepcopy(sums)
+            try:
+                total = accumulate(world, credited, mine, micro_batch, sums, idle=idle)
+            except torch.OutOfMemoryError:
+                if micro_batch == 1:
+                    raise
+                world.updater.optimizer.zero_grad()  # of the parts that did fit
+                torch.cuda.empty_cache()
+                micro_batch, sums = (min(micro_batch, len(mine)) + 1) // 2, before
         norm = world.updater.step(total)
         norms += [] if norm is None else [norm]
     metrics = sums.result(accelerator)
     metrics["gradient_norm"] = torch.stack(norms).mean().item() if norms else math.nan
     return metrics
+
+
+def accumulate(
+    world: World,
+    credited: Credited,
+    pairs: Int[Tensor, "N 2"],
+    micro_batch: int,
+    sums: MetricSums,
+    *,
+    idle: bool,
+) -> Float[Tensor, ""]:
+    """Add the gradient of the weighted loss of all pairs, a part at a time; returns that loss.
+
+    All steps of a micro-batch, whichever samples they are of, go through the network in one batch.
+    With ``idle`` the pairs count for nothing.
+    """
+    run = world.run
+    total = torch.zeros((), device=pairs.device, dtype=credited.weight.dtype)
+    for chunk in pairs.split(micro_batch):
+        actions = credited.actions(chunk)
+        rng = SampleRng(run.seed, actions.trajectory.prompts.sample_id)
+        with world.autocast():
+            terms = run.algorithm.loss(world.models, actions, rng)
+        weight = actions.weight * (0.0 if idle else run.optim.mini_batches)
+        loss = (terms.loss * weight).sum()
+        loss.backward()
+        total += loss.detach()
+        sums.add(terms, count=0 if idle else len(chunk))
+    return total
 
 
 class MetricSums:

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from rescore.models.denoiser import Denoiser
+from rescore.models.denoiser import Counted, Denoiser
 from rescore.models.finetune import Ema, add_lora, reference, trainable_state
 from rescore.sampling.policy import MaskedPolicy, Models
 from rescore.training import checkpoint
@@ -49,18 +49,28 @@ class World:
     updater: Updater
     state: TrainState = field(default_factory=TrainState)
 
+    def network_rows(self) -> int:
+        """Canvases that this process has put through the network so far, with the reference's."""
+        policies = [self.models.new, self.models.ref]
+        networks = [policy.denoiser for policy in policies if policy is not None]
+        return sum(network.rows for network in networks if isinstance(network, Counted))
+
     def averaged(self) -> AbstractContextManager[Any]:
         """A context in which the module holds the averaged weights, if the run averages."""
         return nullcontext() if self.updater.ema is None else self.updater.ema.swap()
 
     def anywhere(self, flag: bool) -> bool:
         """Whether the flag is up on any process, so that all of them do the same next."""
+        return self.over_all(int(flag)) > 0
+
+    def over_all(self, number: int) -> int:
+        """The sum of a number over all processes."""
         if self.accelerator.num_processes == 1:
-            return flag
-        raised = torch.tensor(float(flag), device=self.accelerator.device)
-        total = self.accelerator.reduce(raised, "sum")
+            return number
+        own = torch.tensor(number, device=self.accelerator.device)
+        total = self.accelerator.reduce(own, "sum")
         assert isinstance(total, Tensor)
-        return bool(total)
+        return int(total)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bfloat16 autocast where the run asks for it."""
@@ -79,7 +89,8 @@ def accelerator_for(run: Run) -> Accelerator:
 def as_denoiser(module: nn.Module, run: Run) -> Denoiser:
     """The module in the run's precision and in evaluation mode, in place.
 
-    Evaluation mode throughout: dropout would make old and new log-probabilities disagree.
+    Evaluation mode throughout: dropout would make old and new log-probabilities disagree. Under
+    ``bfloat16`` frozen weights may be narrow; what trains may not.
 
     Raises:
         ValueError: the module is not a ``Denoiser``.
@@ -89,7 +100,11 @@ def as_denoiser(module: nn.Module, run: Run) -> Denoiser:
             f"the base built a {type(module).__name__}, which is not a Denoiser; it needs "
             f"vocab_size, mask_id and predict()"
         )
-    module.to(torch.float64 if run.precision == "float64" else torch.float32).eval()
+    if run.precision != "bfloat16":
+        module.to(getattr(torch, run.precision))
+    elif any(p.dtype == torch.float64 for p in module.parameters()):  # which autocast leaves alone
+        module.float()
+    module.eval()
     return module
 
 
@@ -101,13 +116,19 @@ def build(run: Run, module: nn.Module, accelerator: Accelerator) -> World:
         add_lora(module, run.lora, generator=generator)
     ref = None
     if run.algorithm.uses_reference:
-        ref = MaskedPolicy(reference(module), run.decoder)
+        ref = MaskedPolicy(Counted(reference(module)), run.decoder, run.forward_rows)
+    narrow = [n for n, p in module.named_parameters() if p.requires_grad and p.itemsize < 4]
+    if narrow:
+        raise ValueError(
+            f"{len(narrow)} weights in 16 bits would be trained, such as {narrow[0]}, which loses "
+            f"small updates; train adapters (lora), or load the base in float32"
+        )
     ema = Ema(module, decay=run.ema) if run.ema else None
     return World(
         run=run,
         accelerator=accelerator,
         module=module,
-        models=Models(new=MaskedPolicy(denoiser, run.decoder), ref=ref),
+        models=Models(new=MaskedPolicy(Counted(denoiser), run.decoder, run.forward_rows), ref=ref),
         updater=Updater(module, run.optim, accelerator, ema),
     )
 

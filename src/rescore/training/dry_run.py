@@ -1,0 +1,57 @@
+"""A run of a large model at tiny size: random weights, two updates, everything else the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from rescore.models.miniature import write_miniature
+from rescore.tasks.text import TextTask
+from rescore.tasks.tokenizers import PretrainedTokenizer
+from rescore.training.pretrained import Pretrained
+from rescore.training.run import Run
+
+TEXTS = 64
+"""Problems that the tokenizer of the miniature learns from."""
+
+
+def dry_run(run: Run, folder: Path) -> Run:
+    """The same run on a miniature of its model, short enough to try on a laptop.
+
+    A checkpoint of random weights in the original's layout, with a tokenizer of the original's
+    class, is written into ``folder`` (unless it is there), and weights and tokenizer are read from
+    it. Two rollouts of two groups, two steps per block, a checkpoint after each; on the CPU if the
+    device is not there. All other settings stay.
+
+    Raises:
+        ValueError: the run does not start from a pretrained language model.
+    """
+    task, base = run.task, run.base
+    if not (
+        isinstance(base, Pretrained)
+        and isinstance(task, TextTask)
+        and isinstance(task.tokenizer, PretrainedTokenizer)
+    ):
+        raise ValueError(
+            f"--dry-run replaces pretrained weights, but this run starts from a "
+            f"{type(base).__name__}; run it as it is, it is small"
+        )
+    if not (folder / "config.json").exists():
+        problems = task.problems("train")[:TEXTS]
+        texts = [f"{problem.question}\n{problem.gold}" for problem in problems]
+        write_miniature(folder, base.miniature, seed=run.seed, texts=texts, window=task.length)
+    tokenizer = dataclasses.replace(task.tokenizer, path=str(folder))
+    cuda = torch.cuda.is_available() or not run.device.startswith("cuda")
+    return dataclasses.replace(
+        run,
+        task=dataclasses.replace(task, tokenizer=tokenizer),
+        base=dataclasses.replace(base, weights=None, quantize=base.quantize if cuda else None),
+        decoder=dataclasses.replace(run.decoder, steps=2 * run.decoder.blocks),
+        steps=2,
+        batch_size=2 * run.group_size,
+        evaluate=dataclasses.replace(run.evaluate, every=1, n=4, n_test=4),
+        save_every=1,
+        device=run.device if cuda else "cpu",
+    )

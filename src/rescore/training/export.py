@@ -1,0 +1,47 @@
+"""Out of a run directory, into a format that other programs read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rescore.models.language import LanguageModel
+from rescore.models.language_files import save_adapter, save_merged
+from rescore.training.pretrained import Pretrained
+from rescore.training.run import Run
+from rescore.training.session import Evaluation, best_world
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(Evaluation):
+    """What to write of the best checkpoint of a run; n and split play no part."""
+
+    out: Path = Path("export")
+    """A new folder."""
+    merged: bool = False
+    """All weights in the layout of the original checkpoint, instead of the adapters alone."""
+
+
+def export_run(run: Run, directory: Path, options: Export) -> Path:
+    """Write the best weights of a run on a pretrained language model as a folder.
+
+    Adapters are in peft's format: ``PeftModel.from_pretrained(network, folder)`` reads them.
+
+    Raises:
+        ValueError: the run is not of a pretrained language model, there is nothing of the kind to
+            write, or the folder exists.
+    """
+    if not isinstance(run.base, Pretrained):
+        raise ValueError(
+            f"{directory} did not start from a pretrained language model; its weights are the "
+            f"safetensors in {directory / 'checkpoints'}"
+        )
+    if run.lora is None and not options.merged:
+        raise ValueError(f"{directory} trained all weights, not adapters; export it with --merged")
+    world, source = best_world(run, directory, options), run.base.source(run.task)
+    assert isinstance(world.module, LanguageModel)
+    if options.merged or run.lora is None:
+        save_merged(world.module, options.out, source)
+    else:
+        save_adapter(world.module, run.lora, options.out, source)
+    return options.out

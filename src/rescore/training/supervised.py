@@ -1,0 +1,204 @@
+"""Supervised training of a denoiser on finished sequences: for bases, and for warm starts.
+
+MDLM (arXiv:2406.07524): minimise the masked cross-entropy over stratified times. Noise goes to the
+positions that the model writes, prompts stay as they are. All randomness comes from seeded
+generators; noise is drawn on the CPU in float64, whatever the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from rescore.models.denoiser import Denoiser
+from rescore.objectives.denoising import masked_cross_entropy
+from rescore.processes.masked import mask_tokens
+from rescore.processes.schedules import Linear, Schedule
+from rescore.types import Examples
+
+MIN_T = 1e-3
+"""Training times lie in [MIN_T, 1], as in MDLM's code: keeps the weight 1 / t finite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Supervised:
+    """How a denoiser is trained on finished sequences."""
+
+    steps: int
+    """Optimiser steps."""
+    batch: int = 128
+    """Sequences per step."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW; falls to 0 along a half cosine."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of AdamW."""
+    warmup: int = 50
+    """Steps over which the learning rate rises linearly from 0."""
+    clip: float = 1.0
+    """Largest norm of the gradient of the mean loss per position."""
+    schedule: Schedule = dataclasses.field(default_factory=Linear)
+    """Law of the training times."""
+    validate_every: int = 50
+    """Steps between two rows of the log."""
+    validation_rows: int = 1024
+    """Sequences in the validation loss, the same ones under the same masks every time. Best a
+    multiple of the length."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "validate_every", "validation_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("lr", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("weight_decay", "warmup"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the log of a pre-training."""
+
+    step: int
+    """Optimiser steps taken."""
+    train: float | None
+    """Mean bound over the batches since the last row, nats per sequence; None at step 0."""
+    validation: float
+    """The bound on the validation sequences, nats per sequence."""
+
+
+def fit(
+    module: nn.Module,
+    data: Examples,
+    held_out: Examples,
+    config: Supervised,
+    generator: torch.Generator,
+    *,
+    micro_batch: int | None = None,
+    progress: Callable[[Row], None] = lambda row: None,
+) -> None:
+    """Train the parameters of a denoiser that require gradients, in place.
+
+    Args:
+        module: a ``Denoiser``.
+        data: what to learn from.
+        held_out: for the validation loss.
+        config: how.
+        generator: draws the batches and their noise, on the CPU.
+        micro_batch: sequences per backward pass; None = the whole batch.
+        progress: told the losses at the start, every ``validate_every`` steps and at the end.
+
+    Raises:
+        RuntimeError: a gradient is not finite.
+    """
+    assert isinstance(module, Denoiser)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    device = parameters[0].device
+    optimizer = torch.optim.AdamW(parameters, weight_decay=config.weight_decay)
+    n_editable = data.editable.sum(1).double().mean().item()
+    shape = (config.batch, data.x_0.shape[1])
+
+    def report(step: int, train: float | None) -> None:
+        validation = validation_bound(module, held_out, config, device)
+        progress(Row(step=step, train=train, validation=validation))
+
+    report(0, None)
+    total, since = torch.zeros((), device=device), 0
+    for step in range(config.steps):
+        row = torch.randint(len(data.x_0), (config.batch,), generator=generator)
+        t = stratified_times(torch.rand(config.batch, generator=generator, dtype=torch.float64))
+        u = torch.rand(shape, generator=generator, dtype=torch.float64)
+        optimizer.zero_grad()
+        for part in torch.arange(config.batch).split(micro_batch or config.batch):
+            loss = bound(module, data.take(row[part]), t[part], u[part], config.schedule, device)
+            loss = loss.sum() / config.batch
+            (loss / n_editable).backward()
+            total = total + loss.detach()
+        nn.utils.clip_grad_norm_(parameters, config.clip, error_if_nonfinite=True)
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * rate(step, config)
+        optimizer.step()
+        since += 1
+        if (step + 1) % config.validate_every == 0 or step + 1 == config.steps:
+            report(step + 1, total.item() / since)
+            total, since = torch.zeros((), device=device), 0
+
+
+def bound(
+    model: Denoiser,
+    examples: Examples,
+    t: Float[Tensor, " B"],
+    u: Float[Tensor, "B L"],
+    schedule: Schedule,
+    device: torch.device | str = "cpu",
+) -> Float[Tensor, " B"]:
+    """One-sample estimate of the bound on -log p(x_0), nats; examples and noise on the CPU.
+
+    ``device`` is the model's.
+    """
+    x_t = mask_tokens(examples.x_0, examples.editable, schedule.alpha(t), u, model.mask_id)
+    weight = schedule.weight(t).float()
+    return _cross_entropy(model, examples, x_t == model.mask_id, weight, device)
+
+
+def _cross_entropy(
+    model: Denoiser,
+    examples: Examples,
+    hidden: Bool[Tensor, "B L"],
+    weight: Float[Tensor, " B"],
+    device: torch.device | str,
+) -> Float[Tensor, " B"]:
+    """The masked cross-entropy of examples with these positions hidden, on the model's device."""
+    examples, hidden, weight = examples.to(device), hidden.to(device), weight.to(device)
+    x_t = torch.where(hidden, model.mask_id, examples.x_0)
+    logits = model.predict(x_t, attend=examples.attend)
+    return masked_cross_entropy(logits, examples.x_0, hidden, weight)
+
+
+def stratified_times(u: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """One time in each of B equal parts of [MIN_T, 1], at the fraction ``u`` of its part.
+
+    The low-discrepancy sampler of MDLM (arXiv:2406.07524): the batch covers all times, the mean
+    loss stays unbiased and its variance falls.
+    """
+    part = torch.arange(len(u), dtype=u.dtype)
+    return MIN_T + (1 - MIN_T) * (part + u) / len(u)
+
+
+def rate(step: int, config: Supervised) -> float:
+    """Fraction of the peak learning rate: linear warm-up times a half cosine down to 0."""
+    warm = min(1.0, (step + 1) / (config.warmup + 1))
+    return warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+
+
+@torch.no_grad()
+def validation_bound(
+    model: Denoiser, examples: Examples, config: Supervised, device: torch.device | str = "cpu"
+) -> float:
+    """The bound on held-out sequences under fixed masks, nats per sequence.
+
+    Uses its form in the number m of masks, uniform in 1 ... E for E editable positions: the mean of
+    E / m times the masked cross-entropy (LLaDA, arXiv:2502.09992, eq. 6). The value is the same as
+    over times, for every schedule, with less noise; here the rows take the values of m in equal
+    shares.
+    """
+    rows, shape = config.validation_rows, examples.x_0.shape
+    row = torch.arange(rows)
+    noise = torch.rand(rows, shape[1], generator=torch.Generator().manual_seed(0))
+    total = 0.0
+    for part in row.split(config.batch):
+        some = examples.take(part % shape[0])
+        n_editable = some.editable.sum(1)
+        n_masked = 1 + part * n_editable // rows
+        u = torch.where(some.editable, noise[part], 2.0)
+        hidden = u.argsort(1).argsort(1) < n_masked[:, None]
+        weight = n_editable / n_masked
+        total += _cross_entropy(model, some, hidden, weight, device).double().sum().item()
+    return total / rows
