@@ -122,7 +122,8 @@ def warm_start(arguments: Sequence[str]) -> None:
     """Fine-tune the base of a recipe on demonstrations, to start RL from.
 
     --data FILE    rows with question and completion
-    --out DIR      a new folder for the weights; train with --task.tokenizer.path DIR
+    --out DIR      a new folder for the weights; train with --base.weights DIR
+    --steps, --batch, --lr, --micro-batch, --held-out and the other fields of Sft
     """
     from rescore.training.sft import Sft, sft
 
@@ -132,7 +133,7 @@ def warm_start(arguments: Sequence[str]) -> None:
         Sft, args=rest, return_unknown_args=True, add_help=False, prog=f"rescore sft {recipe}"
     )
     out = sft(_overridden(recipe, warm_start, rest, options.out), options, print)
-    print(f"rescore train {recipe} --task.tokenizer.path {out}")
+    print(f"rescore train {recipe} --base.weights {out}")
 
 
 @dataclass(kw_only=True)

@@ -6,7 +6,8 @@ largest entropy under the sampling policy are trained with PPO's clipped surroga
 reference. With ``lam`` > 0 (EGSPO-SA) the return of a step is r + lam (r - r_hat), r_hat being the
 reward of the one-step greedy completion of the state before it, recorded on the way down.
 
-Bias: top-K drops steps and lets the sampled path choose which, so its gradient is biased.
+Bias: top-K drops steps and lets the sampled path choose which, so its gradient is biased; with
+``lam`` > 0 and a group baseline even at K = T, because a rank is known only when a path has ended.
 ``importance`` draws K steps with replacement, q proportional to H + delta, and weights each draw by
 1 / (K q): unbiased. ``random`` is K / T times the gradient. The group mean scales it by 1 - 1/G,
 returns that are not normalised by 1 + lam.

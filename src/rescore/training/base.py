@@ -28,6 +28,18 @@ class Base(abc.ABC):
         """
         return
 
+    def check_training(self, *, adapters: bool, precision: str) -> None:
+        """Refuse weights that cannot be trained, or not in this precision.
+
+        Args:
+            adapters: only low-rank adapters are trained, all else is frozen.
+            precision: of the run.
+
+        Raises:
+            ValueError: says what to set instead.
+        """
+        return
+
     @abc.abstractmethod
     def build(
         self,

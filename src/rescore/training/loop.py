@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from rescore.evaluation.metrics import evaluate, summarise
@@ -152,9 +153,21 @@ def rollout_metrics(scored: Scored) -> dict[str, float]:
     metrics["zero_variance_groups"] = equal.double().mean()
     if trajectory.entropy is not None:
         metrics["entropy"] = trajectory.entropy.sum(1).mean()
+    if scored.completion_terms:
+        counted = scored.step_weight != 0
+        completion = torch.stack(list(scored.completion_terms.values())).sum(0)[counted]
+        finished = scored.reward[:, None].expand_as(counted)[counted].to(completion)
+        metrics["completion_reward"] = completion.mean()
+        metrics["completion_correlation"] = correlation(completion, finished)
     names = list(metrics)
     values = torch.stack([metrics[name].double() for name in names]).tolist()
     return dict(zip(names, values, strict=True))
+
+
+def correlation(x: Float[Tensor, " N"], y: Float[Tensor, " N"]) -> Float[Tensor, ""]:
+    """Pearson's; 0 where one of the two does not vary."""
+    x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
+    return (x * y).sum() / (x.norm() * y.norm()).clamp_min(torch.finfo(x.dtype).tiny)
 
 
 def evaluate_split(

@@ -91,6 +91,19 @@ class Pretrained(Base):
                 f"prompt columns; set guidance=0"
             )
 
+    def check_training(self, *, adapters: bool, precision: str) -> None:
+        if self.quantize is not None and not (adapters and precision == "bfloat16"):
+            raise ValueError(
+                f"quantize='{self.quantize}' freezes the weights in 4 bits and computes in "
+                f"bfloat16; got precision={precision} {'with' if adapters else 'without'} lora, "
+                f"set precision to bfloat16 and lora, or quantize=None"
+            )
+        if self.dtype == precision == "bfloat16" and not adapters:
+            raise ValueError(
+                "all weights would be trained in bfloat16, which loses small updates; train "
+                "adapters (lora), or set base.dtype to float32"
+            )
+
     def build(
         self,
         task: Task,

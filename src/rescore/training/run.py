@@ -14,6 +14,7 @@ import torch
 
 from rescore.algorithms.base import Algorithm
 from rescore.models.finetune import Lora
+from rescore.models.language import require
 from rescore.sampling.decoder import Decoder
 from rescore.tasks.task import Task
 from rescore.training.base import Base
@@ -138,7 +139,15 @@ class Run:
                 f"device '{self.device}' cannot be used here ({str(error).splitlines()[0][:120]}); "
                 f"try --device cpu"
             ) from error
+        if self.evaluate.control and type(self.base).continued is Base.continued:
+            raise ValueError(
+                f"evaluate.control trains the base further, which a {type(self.base).__name__} "
+                f"cannot; turn it off"
+            )
+        if self.lora is not None:
+            require("peft", "lora", "language")
         self.task.check()
+        self.base.check_training(adapters=self.lora is not None, precision=self.precision)
         self.base.check(self.task, self.device)
         self.algorithm.check(self.decoder, self.group_size, tuple(self.task.reward.functions))
 

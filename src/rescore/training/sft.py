@@ -8,7 +8,7 @@ and measures its KL to it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -65,13 +65,18 @@ def sft(run: Run, options: Sft, note: Callable[[str], None]) -> Path:
             "a warm start trains adapters (lora) on a pretrained language model with a task in "
             "text; this recipe has something else"
         )
+    if base.quantize is not None:
+        raise ValueError(
+            f"quantize='{base.quantize}' leaves nothing exact to merge the adapters into; set "
+            f"quantize=None for the warm start"
+        )
     if options.out.exists():
         raise ValueError(f"{options.out} exists; choose a new folder")
     run.check()
     problems = demonstrations(options.data, options.held_out)
     data, validation = task.examples(problems["train"]), task.examples(problems["held_out"])
     accelerator = accelerator_for(run)
-    module = base.build(
+    module = replace(base, guidance=0.0).build(  # guidance belongs to sampling
         task, seed=run.seed, cache=default_cache(), device=accelerator.device, note=note
     )
     as_denoiser(module, run)
