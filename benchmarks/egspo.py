@@ -1,6 +1,6 @@
 """The table of docs/algorithms/egspo.md: four methods on three tasks with matched rollout budgets.
 
-    python benchmarks/egspo.py --out runs/egspo            # about 2.5 CPU-hours
+    python benchmarks/egspo.py --out runs/egspo            # about 2 CPU-hours; also curves.svg
     python benchmarks/egspo.py --out runs/egspo --tasks sudoku --seeds 1
 
 Each seed trains its own base, which the four methods share. All settings but those named in
@@ -49,6 +49,11 @@ class Options:
     """Seeds of the runs."""
 
 
+def directory_of(task: str, method: str, seed: int, out: Path) -> Path:
+    """Where a run is."""
+    return out / f"{task}-{method.replace(' ', '-').replace(',', '')}-{seed}"
+
+
 @dataclass
 class Cell:
     """One run, as far as the table needs it."""
@@ -61,7 +66,7 @@ class Cell:
     @classmethod
     def of(cls, task: str, method: str, seed: int, out: Path) -> Cell:
         """Read a run, making it if it is not there."""
-        directory = out / f"{task}-{method.replace(' ', '-').replace(',', '')}-{seed}"
+        directory = directory_of(task, method, seed, out)
         if not (directory / "result.json").exists():
             reinforce, egspo_sa, _ = TASKS[task]
             changes = METHODS[method]
@@ -86,8 +91,37 @@ def mean_and_error(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f} ± {error:.3f}"
 
 
+def plot(options: Options) -> None:
+    """Write ``curves.svg``: validation solve rate against rollouts, mean over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(
+        1, len(options.tasks), figsize=(4 * len(options.tasks), 3.2), squeeze=False
+    )
+    for panel, task in zip(panels[0], options.tasks, strict=True):
+        for method in options.methods:
+            runs = []
+            for seed in options.seeds:
+                lines = (directory_of(task, method, seed, options.out) / "evaluations.jsonl").open()
+                runs.append([json.loads(line) for line in lines])
+            steps = [row["step"] for row in runs[0]]
+            rates = [
+                statistics.mean(rows[i]["metrics"]["solve_rate"]["mean"] for rows in runs)
+                for i in range(len(steps))
+            ]
+            panel.plot(steps, rates, label=method)
+        panel.set(title=task, xlabel="rollouts", ylabel="validation solve rate")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0][-1].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(options.out / "curves.svg")
+
+
 def main(options: Options) -> None:
-    """Run what is missing and print the table as Markdown."""
+    """Run what is missing, print the table as Markdown and draw the curves."""
     lines = [
         "| task | method | solve_rate | gain | second metric | CPU-s | wall s | network rows |",
         "|---|---|---|---|---|---|---|---|",
@@ -118,6 +152,7 @@ def main(options: Options) -> None:
     table = "\n".join(lines)
     (options.out / "table.md").write_text(table + "\n")
     print(table)
+    plot(options)
 
 
 if __name__ == "__main__":

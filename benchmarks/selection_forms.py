@@ -1,9 +1,9 @@
 """Does scoring the choice of positions pay? The table in docs/log.md: seven forms, 4x4 Sudoku.
 
-    python benchmarks/selection_forms.py --out runs/forms        # about 20 CPU-minutes
+    python benchmarks/selection_forms.py --out runs/forms        # about 8 CPU-minutes
 
 Every form is the recipe sudoku_egspo with another reveal order or score: the same bases, rollouts,
-learning rate and evaluation, half its steps. Means and standard errors over seeds.
+learning rate and evaluation, a quarter of its steps. Means and standard errors over seeds.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Options:
     """Of ``FORMS``."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the runs."""
-    steps: int = 200
+    steps: int = 100
     """Rollouts of each run."""
 
 

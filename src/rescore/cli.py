@@ -222,7 +222,7 @@ def list_everything(arguments: Sequence[str]) -> None:
     for title, items in (("Recipes", recipes()), ("Algorithms", algorithms())):
         print(f"{title}:")
         for name, item in sorted(items.items()):
-            print(f"  {name:24}{_headline(item)}")
+            print(f"  {name:26}{_headline(item)}")
 
 
 @dataclass(kw_only=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import math
+import os
 import socket
 import subprocess
 import sys
@@ -93,6 +95,27 @@ def living():
     return found
 
 
+def survivors():
+    """Those still living after five seconds; what was just killed may take a moment to go."""
+    deadline = time.monotonic() + 5
+    while living() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return living()
+
+
+@needs_namespaces
+def test_a_program_starts_no_more_processes_than_its_limit():
+    """The judge and the program count; no more than 30 are tried, so that nothing can go wrong."""
+    source = HEAD + (
+        "def f():\n    for n in range(30):\n        try:\n"
+        "            if os.fork() == 0: time.sleep(60)\n"
+        "        except OSError:\n            return n\n    return 30"
+    )
+    result = Sandbox(limits=LIMITS).run(trial(source, f"assert f() == {LIMITS.processes} - 2"))
+    assert result.outcome == "passed"
+    assert survivors() == []
+
+
 def test_the_process_table_shows_who_calls_himself_so():
     """The check for survivors below sees a process if there is one."""
     source = HEAD + "print(flush=True)\ntime.sleep(60)"
@@ -146,10 +169,7 @@ def test_a_batch_returns_in_time(batch):
 def test_no_process_survives(batch):
     """Not one that forked, started a session or ignored its parent's end."""
     assert batch is not None
-    deadline = time.monotonic() + 1  # what was just killed may take a moment to go
-    while living() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert living() == []
+    assert survivors() == []
 
 
 SCORES = {
@@ -211,7 +231,7 @@ def test_cheating_in_the_own_process_earns_nothing(sandbox):
 
 
 PROBE = """
-import ctypes, os, socket
+import ctypes, os, resource, socket
 libc = ctypes.CDLL(None, use_errno=True)
 def listing(path): return sorted(os.listdir(path))
 def environ(): return sorted(os.environ)
@@ -223,6 +243,14 @@ def parent(): return os.getppid()
 def kill(): return [os.kill(os.getppid(), number) for number in (9, 15, 19)]
 def privileges(): return [n for n in range(64) if libc.prctl(23, n, 0, 0, 0) == 1]
 def namespace(): return libc.unshare(0x10000000)
+def flags(path): return os.statvfs(path).f_flag
+def room(path): return os.statvfs(path).f_blocks * os.statvfs(path).f_frsize
+def owner(path): return os.stat(path).st_uid
+def no_new_privileges(): return libc.prctl(39, 0, 0, 0, 0)
+def nowhere(number): return os.fstat(number).st_rdev == os.stat(os.devnull).st_rdev
+def limit(name): return resource.getrlimit(getattr(resource, "RLIMIT_" + name))
+def groups(): return os.getgroups()
+def shared(key): return libc.shmget(key, 0, 0)
 def mount(): return libc.mount(b"tmpfs", b"/tmp", b"tmpfs", 0, None)
 def remount(): return libc.mount(None, b"/usr", None, 4096 | 32, None)
 def user(): return os.getuid()
@@ -256,8 +284,90 @@ def test_in_namespaces_there_is_nothing_to_find():
         "privileges() == []",
         "namespace() == -1",
         "mount() == -1 and remount() == -1",
+        "no_new_privileges() == 1",
+        "owner('/usr') == 65534",  # not the identity of the administrator under another number
+        "not exists('/old') or listing('/old') == []",
+        f"room('/tmp') == {LIMITS.file_mb << 20}",
+        "flags('/') & 1 == 1",
+        f"flags('/usr') & 7 == flags({sys.base_prefix!r}) & 7 == 7",  # no writes, setuid, devices
+        *(["groups() == []"] if os.geteuid() == 0 else []),
     )
     assert wrong == []
+
+
+@pytest.mark.parametrize("sandbox", KINDS)
+def test_limits_are_those_asked_for_and_final(sandbox):
+    """Soft and hard, so that a program cannot raise them."""
+    expected = {
+        "CPU": 31,
+        "AS": 256 << 20,
+        "FSIZE": 4 << 20,
+        "NOFILE": 64,
+        "NPROC": 6,
+        "CORE": 0,
+    }
+    tests = [f"limit({name!r}) == ({value}, {value})" for name, value in expected.items()]
+    assert probe(sandbox, " and ".join(tests)) == []
+
+
+@pytest.mark.parametrize("sandbox", KINDS)
+def test_standard_streams_lead_nowhere(sandbox):
+    """What a program prints, as output or as errors, fills no memory of the trainer."""
+    assert probe(sandbox, "nowhere(0) and nowhere(1) and nowhere(2)") == []
+
+
+@pytest.mark.parametrize("sandbox", KINDS)
+def test_the_environment_of_the_user_is_not_passed_on(sandbox, monkeypatch):
+    """It may hold keys."""
+    monkeypatch.setenv("RESCORE_SECRET", NAME)
+    assert probe(sandbox, "'RESCORE_SECRET' not in environ()") == []
+
+
+@pytest.mark.parametrize("sandbox", KINDS)
+def test_shared_memory_is_not_shared_with_namespaces(sandbox):
+    """A segment that anybody may use is not there, but for unsafe programs."""
+    libc, key = ctypes.CDLL(None, use_errno=True), uuid.uuid4().int & 0x7FFFFFFF
+    segment = libc.shmget(key, 4096, 0o1666)  # IPC_CREAT, and all may read and write
+    assert segment >= 0
+    try:
+        wrong = probe(sandbox, f"(shared({key}) >= 0) == {sandbox.unsafe}")
+    finally:
+        libc.shmctl(segment, 0, None)  # IPC_RMID
+    assert wrong == []
+
+
+@pytest.mark.parametrize("sandbox", KINDS)
+def test_a_child_left_behind_is_ended(sandbox):
+    """The program passes; what it started ends with it."""
+    source = HEAD + "if os.fork() == 0: time.sleep(60)\n" + RIGHT
+    assert sandbox.run(trial(source)).outcome == "passed"
+    assert survivors() == []
+
+
+@pytest.mark.parametrize(("number", "name"), [(9, "killed"), (19, "stopped")])
+def test_without_a_judge_there_is_no_success(number, name, monkeypatch):
+    """Without namespaces a program can kill or stop its judge; the sandbox ends both, in time.
+
+    The program wakes the judge after a while, so that this test ends whatever the sandbox does.
+    """
+    monkeypatch.setattr("rescore.rewards.sandbox.GRACE", 1.0)
+    act = f"os.kill(os.getppid(), {number})\ntime.sleep(12)\nos.kill(os.getppid(), 18)\n"
+    sandbox = Sandbox(limits=SHORT, unsafe=True)
+    result = sandbox.run(trial(f"{HEAD}# {name}\n{act}{RIGHT}"))
+    assert (result.outcome, result.passed) == ("died", 0.0)
+    assert "without a verdict" in result.detail
+
+
+def test_as_many_programs_run_at_once_as_there_are_workers():
+    """By their own clocks: some overlap, and never three."""
+    source = (
+        "import time\nstart = time.monotonic()\ntime.sleep(1)\n"
+        "def f(n): raise ValueError(f'{start} {time.monotonic()}')"
+    )
+    results = PLAIN.run_many([trial(source, f"f({n})") for n in range(5)], workers=2)
+    spans = [tuple(map(float, r.detail.partition(": ")[2].split())) for r in results]
+    together = [sum(a <= start < b for a, b in spans) for start, _ in spans]
+    assert max(together) == 2
 
 
 def test_the_probes_find_what_there_is():
@@ -349,7 +459,10 @@ PLAIN = Sandbox(limits=LIMITS, unsafe=not namespaces_available())
 
 def test_equal_programs_run_once():
     """Each run draws another number; equal trials share one."""
-    draw = "import random\nx = random.SystemRandom().random()\ndef f(): raise ValueError(x)"
+    draw = (
+        "import random, time\ntime.sleep(0.3)\nx = random.SystemRandom().random()\n"
+        "def f(): raise ValueError(x)"
+    )
     first, second = (trial(draw + "\n" * n, "f()") for n in (0, 1))
     a, b, c, d = PLAIN.run_many([first, second, first, second], workers=4)
     assert a == c != b == d
@@ -419,6 +532,13 @@ def test_other_objects_do_not_cross():
         with pytest.raises(TypeError, match="is not plain data"):
             literal(value)
     assert PLAIN.run(trial("def f(x):\n    return 1", "assert f(object()) == 1")).passed == 0
+
+
+def test_nan_costs_one_assertion():
+    """It is no plain data, whatever holds it; the program lives on."""
+    source = "def f(x):\n    return [float('nan')] if x > 4 else x + 1"
+    result = PLAIN.run(trial(source))
+    assert (result.outcome, result.passed) == ("failed", 1 / 2)
 
 
 @pytest.mark.parametrize("field", ["seconds", "memory_mb", "file_mb", "processes"])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import socket
 
 import pytest
 import torch
 import tyro
 
+from rescore import cli
 from rescore.rewards.sandbox import Limits, Sandbox, namespaces_available
 from rescore.tasks.code import HumanEval, Mbpp, humaneval, kodcode, mbpp, program
 from rescore.tasks.tokenizers import Characters
@@ -174,6 +176,24 @@ def test_anything_else_is_not_well_formed(task, text):
     assert task.functions["format"]([answer("x = 1"), text], [{}, {}]) == [1.0, 0.0]
 
 
+def test_a_program_that_does_not_end_did_not_run(task):
+    """Nor does it earn what it passed before."""
+    short = dataclasses.replace(task, limits=Limits(seconds=1.0))
+    text = answer("def doubled(xs):\n    while xs: pass\n    return []")
+    terms = earned(short, humaneval(HUMANEVAL), [text])
+    assert (terms["ran"], terms["tests_passed"], terms["format"]) == ([0.0], [0.0], [1.0])
+
+
+def test_results_stay_with_their_completions(task):
+    """Between completions without a program, and whatever finishes first."""
+    good, bad = (answer(f"def doubled(xs): return {value}") for value in ("[2 * x for x in xs]", 0))
+    slow = answer("import time\ntime.sleep(0.5)\ndef doubled(xs): return [2 * x for x in xs]")
+    texts = ["", slow, bad, "no program", good, bad]
+    terms = earned(task, humaneval(HUMANEVAL), texts)
+    assert terms["solved"] == [0, 1, 0, 0, 1, 0]
+    assert terms["ran"] == [0, 1, 1, 0, 1, 1]
+
+
 def test_all_terms_read_one_execution(task):
     """A program that draws its answer gets one score, in every term and for every equal sample."""
     text = answer(
@@ -215,12 +235,37 @@ def test_what_is_tested_is_not_trained_on(task, write):
     assert sum(len(leaky.problems(split)) for split in ("train", "validation")) == 40
 
 
+@pytest.mark.parametrize("field", ["train", "test"])
+def test_a_missing_source_is_refused_before_anything_is_loaded(task, field):
+    """By ``check``."""
+    with pytest.raises(ValueError, match=r"nowhere\.jsonl' does not exist"):
+        dataclasses.replace(task, **{field: "nowhere.jsonl"}).check()
+
+
+def test_each_split_is_read_from_its_own_file_of_a_folder(task, write, tmp_path):
+    """Training and validation from ``train``, the test from ``test``."""
+    rows = many(KODCODE, "question", 20)
+    write("folder/train.jsonl", rows[:15])
+    write("folder/test.jsonl", rows[15:])
+    same = dataclasses.replace(task, train=str(tmp_path / "folder"), test=str(tmp_path / "folder"))
+    assert len(same.problems("test")) == 5
+    assert sum(len(same.problems(split)) for split in ("train", "validation")) == 15
+
+
+def test_the_description_may_be_called_prompt():
+    """As in the sanitized form of MBPP."""
+    row = {**MBPP, "prompt": MBPP["text"]}
+    del row["text"]
+    assert mbpp(row) == mbpp(MBPP)
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"test": "import numpy\n" + KODCODE["test"]},
         {"test": "from solution import Area\ndef test(): assert Area"},
         {"test": "def test_nothing(): assert True"},
+        {"test": "from . import helpers\n" + KODCODE["test"]},
     ],
 )
 def test_training_problems_that_cannot_be_tested_are_left_out(change):
@@ -306,3 +351,111 @@ def test_a_task_does_not_start_where_programs_cannot_be_locked_in(task, tmp_path
     with pytest.raises(ValueError, match="none: not installed.*--unsafe-code-rewards"):
         Elsewhere(**{**fields, "unsafe_code_rewards": False}).check()
     Elsewhere(**{**fields, "unsafe_code_rewards": True}).check()
+
+
+# Through the command line
+
+RECIPE = """
+import dataclasses
+from rescore.algorithms.reinforce import Reinforce
+from rescore.models.transformer import TransformerConfig
+from rescore.rewards.sandbox import Limits
+from rescore.sampling.decoder import Decoder
+from rescore.tasks.code import Mbpp
+from rescore.tasks.tokenizers import Characters
+from rescore.training.pretrain import Pretrain
+from rescore.training.run import Evaluate, Run
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Written(Mbpp):
+    texts: tuple[str, ...] = ()
+    launchers: tuple[str, ...] = ("bwrap", "unshare")
+
+    def completions(self, outputs):  # whatever the model writes, these are the programs
+        return [self.texts[row % len(self.texts)] for row in range(len(outputs))]
+
+    @property
+    def sandbox(self):
+        return dataclasses.replace(super().sandbox, launchers=self.launchers)
+
+def recipe() -> Run:
+    task = Written(
+        train=TRAIN, test=TEST, texts=TEXTS, launchers=LAUNCHERS, limits=Limits(seconds=SECONDS),
+        tokenizer=Characters(alphabet="".join(map(chr, [10, *range(32, 127)]))),
+        prompt_length=560, completion_length=200, validation_share=0.4,
+    )
+    model = TransformerConfig(
+        vocab_size=task.vocab_size, length=task.length, width=16, depth=1, heads=2
+    )
+    return Run(
+        task=task, base=Pretrain(model=model, steps=1, batch=2, validation_rows=2),
+        decoder=Decoder(steps=2), algorithm=Reinforce(), steps=2, batch_size=8, group_size=8,
+        evaluate=Evaluate(every=2, n=2, n_test=2),
+    )
+"""
+HONEST = "def vowels(w): return sum(c in 'aeiou' for c in w)"
+UNRULY = {
+    "forks": "import os\nfor n in range(40): os.fork()",
+    "loops": "while True: pass",
+    "writes": "open('/usr/rescore', 'w')",
+    "connects": "import socket\nsocket.create_connection(('127.0.0.1', {port}))",
+    "exits": "import os\nos._exit(0)",
+    "fills the memory": "x = bytearray(1 << 34)",
+}
+
+
+@pytest.fixture
+def recipe(write, tmp_path, monkeypatch):
+    """Writes a recipe whose completions are answers with these programs, on MBPP's form."""
+    monkeypatch.setenv("RESCORE_CACHE", str(tmp_path / "cache"))
+    plain = {**MBPP, "code": MBPP["code"].replace("\r", "")}
+    rows = many({**plain, "text": "Count the vowels."}, "text", 12)
+    values = {"TRAIN": write("a.jsonl", rows[:9]), "TEST": write("b.jsonl", rows[9:])}
+
+    def recipe(programs, seconds, launchers=("bwrap", "unshare")):
+        given = values | {"TEXTS": tuple(map(answer, programs)), "SECONDS": seconds}
+        given |= {"LAUNCHERS": launchers}
+        path = tmp_path / "recipe.py"
+        path.write_text(RECIPE + "\n" + "\n".join(f"{k} = {v!r}" for k, v in given.items()))
+        return str(path)
+
+    return recipe
+
+
+def trained(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(UNSAFE, reason="this machine gives no namespaces")
+def test_a_run_goes_on_whatever_programs_do(recipe, tmp_path):
+    """Six of eight samples fork, loop, write, connect, exit or fill the memory: they earn nothing.
+
+    All of it is seen in the mean of ``ran``; the other two samples pass, and nobody connected.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.1)
+        port = server.getsockname()[1]
+        unruly = [source.replace("{port}", str(port)) for source in UNRULY.values()]
+        file, out = recipe([HONEST, *unruly, HONEST], 3.0), tmp_path / "run"
+        cli.main(["train", file, "--out", str(out)])
+        with pytest.raises(TimeoutError):
+            server.accept()
+    rows = trained(out)
+    assert [row["step"] for row in rows] == [1, 2]
+    for row in rows:
+        found = {name: row[name] for name in ("ran", "solved", "tests_passed", "format")}
+        assert found == {"ran": 0.25, "solved": 0.25, "tests_passed": 0.25, "format": 1.0}
+
+
+def test_a_run_starts_without_namespaces_only_by_the_flag(recipe, tmp_path, capsys):
+    """Else it is refused before anything is written, with the flag's name."""
+    file, out = recipe([HONEST], 30.0, launchers=("no-such-launcher",)), tmp_path / "run"
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", file, "--out", str(out)])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert "no-such-launcher: not installed" in said and "--unsafe-code-rewards" in said
+    assert not out.exists()
+    cli.main(["train", file, "--out", str(out), "--unsafe-code-rewards"])
+    assert [row["ran"] for row in trained(out)] == [1.0, 1.0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -18,7 +19,8 @@ from hypothesis import strategies as st
 
 from rescore.rewards.arithmetic import evaluate, numbers_in
 from rescore.rewards.text import FACTS, unpack
-from rescore.tasks.countdown import SPLITS, Countdown, needed_lengths, solve, split_of, written
+from rescore.tasks.countdown import Countdown
+from rescore.tasks.countdown_problems import SPLITS, needed_lengths, solve, split_of, written
 from rescore.tasks.tokenizers import Characters
 
 TASKS = [
@@ -461,7 +463,7 @@ def test_files_of_a_folder_are_their_splits_but_for_numbers_held_out(tmp_path):
         ({"nums": "3,5,7", "target": 22}, "a record is"),
         ({"nums": [3, 5, 7.5], "target": 22}, "'3,5,7.5=22' is no problem"),
         ({"input": "3,5,7", "output": "many"}, "'3,5,7=many' is no problem"),
-        ({"nums": [3, 5, 7], "target": 99}, "99 cannot be made"),
+        ({"nums": [3, 5, 7], "target": 99}, "row 1 of .*: 99 cannot be made"),
     ],
 )
 def test_a_row_that_is_no_problem_is_refused(tmp_path, row, reason):
@@ -549,7 +551,76 @@ def test_impossible_fields_are_refused(fields, message):
         Countdown(**fields)
 
 
-def test_instructions_need_a_tokenizer_that_has_letters():
-    """The characters of the bare wording cannot write them."""
-    with pytest.raises(ValueError, match="has the characters"):
-        Countdown(wording="instructions", pool=2).prompts("train", torch.tensor([0]))
+@pytest.mark.parametrize(
+    ("fields", "missing"),
+    [
+        ({"wording": "instructions"}, r"'\\n\.:<>.*[a-z]'"),
+        ({"tokenizer": Characters(alphabet="0123456789+-*,= ")}, "'\\(\\)/'"),
+    ],
+)
+def test_a_tokenizer_that_cannot_write_the_words_is_refused(fields, missing):
+    """At construction, with the characters that are missing and what to take instead."""
+    with pytest.raises(ValueError, match=f"lacks {missing}, .*PretrainedTokenizer"):
+        Countdown(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt_length": 400}, "a prompt has .* prompt_length=400"),
+        ({"completion_length": 50}, "a completion has .* completion_length=50"),
+    ],
+)
+def test_problems_that_do_not_fit_are_refused_before_anything_is_loaded(fields, message):
+    """By ``check``, which names the problem."""
+    WORDED.check()
+    with pytest.raises(ValueError, match=rf"problem \d+ of split 'train': {message}"):
+        dataclasses.replace(WORDED, **fields).check()
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"nums": [3, 5, 700], "target": 22}, r"\[3, 5, 700\] is not within numbers=\(2, 100\)"),
+        ({"nums": [1, 5, 7], "target": 13}, r"\[1, 5, 7\] is not within numbers=\(2, 100\)"),
+        ({"nums": [3, 5, 70], "target": 78}, r"\[78\] is not within targets=\(4, 60\)"),
+        ({"nums": [3, 5, 7], "target": 1}, r"\[1\] is not within targets=\(4, 60\)"),
+    ],
+)
+def test_a_row_outside_the_ranges_is_refused(tmp_path, row, message):
+    """Before anything is loaded, with its number; rows of other counts are not asked."""
+    fine, other = {"nums": [2, 2, 100], "target": 25}, {"nums": [1, 2, 3, 700], "target": 999}
+    for name, last in (("validation", 5), ("test", 6)):
+        save(tmp_path / f"{name}.jsonl", [{"nums": [2, 2, last], "target": last}])
+    task = Countdown(source=str(tmp_path), numbers=(2, 100), targets=(4, 60))
+    save(tmp_path / "train.jsonl", [fine, other, row])
+    with pytest.raises(ValueError, match=rf"row 2 of .*, split 'train': {message}"):
+        task.check()
+    dataclasses.replace(task, pool=1).check()  # the row is not among those taken
+
+
+def test_code_in_an_answer_is_not_run(tmp_path):
+    """It earns 0 in every term, the others of the batch what they earn, and nothing happens."""
+    path = tmp_path / "x"
+    answers = {
+        f"open('{path}','w')": 0,
+        f"__import__('os').system('touch {path}')": 0,
+        "9**9**9": 0,
+        "9**9**9**9": 0,
+        "exit()": 0,
+        "a": 0,
+        "()" * 9: 0,
+        "((((((((((": 0,
+        "1/0": 1,
+        "2*4-3": 1,
+    }
+    task = dataclasses.replace(THREE, tokenizer=CHARACTERS, completion_length=200)
+    problem = task.read(["2,3,4=5"]).take(torch.zeros(len(answers), dtype=torch.long))
+    rows = [task.tokenizer.encode(answer) for answer in answers]
+    rows = [[*row, *[task.tokenizer.end_id] * (200 - len(row))] for row in rows]
+    outputs = torch.cat([problem.tokens[:, : task.prompt_length], torch.tensor(rows)], 1)
+    terms = task.reward.terms(outputs, problem)
+    assert terms["well_formed"].tolist() == list(answers.values())
+    assert terms["solve_rate"].tolist() == [0] * (len(answers) - 1) + [1]
+    assert terms["numbers_used"].tolist() == [0] * (len(answers) - 1) + [1]
+    assert not path.exists()

@@ -286,7 +286,7 @@ def test_files_of_a_folder_are_their_splits_but_for_solutions_held_out(tmp_path)
 def test_a_row_that_is_no_puzzle_is_refused(tmp_path, row):
     """It is shown."""
     save(tmp_path / "all.csv", [("Puzzle", "Solution"), (PUZZLE, SOLUTION), row])
-    with pytest.raises(ValueError, match=f"a record is .*'{row[0]}'.*'{row[1]}'"):
+    with pytest.raises(ValueError, match=f"row 1 of .*: a record is .*'{row[0]}'.*'{row[1]}'"):
         worded(source=str(tmp_path / "all.csv")).problems("train")
 
 

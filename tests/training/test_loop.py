@@ -17,8 +17,16 @@ from rescore.models.finetune import Lora
 from rescore.sampling.decoder import Decoder
 from rescore.training import checkpoint, loop
 from rescore.training.log import Console
-from rescore.training.loop import EVALUATION_SEED, evaluate_split, graceful_stop, train
+from rescore.training.loop import (
+    EVALUATION_SEED,
+    correlation,
+    evaluate_split,
+    graceful_stop,
+    rollout_metrics,
+    train,
+)
 from rescore.training.optim import Optim
+from rescore.training.rollout import rollout
 from rescore.training.run import Evaluate, Run
 from rescore.training.session import load_best
 from rescore.training.world import World, load_weights, save_state
@@ -244,3 +252,23 @@ def test_saving_twice_replaces(tmp_path):
     for _ in range(2):
         save_state(world, tmp_path)
     assert checkpoint.steps(tmp_path) == [0]
+
+
+def test_correlation_by_hand():
+    """Pearson's coefficient of (1, 2, 4) with (3, 5, 9) is 1, with (1, 1, 1) 0 by convention."""
+    x = torch.tensor([1.0, 2.0, 4.0])
+    assert float(correlation(x, 2 * x + 1)) == pytest.approx(1)
+    assert float(correlation(x, -x)) == pytest.approx(-1)
+    assert float(correlation(x, torch.tensor([1.0, 0.0, 1.0]))) == pytest.approx(0.18898223650)
+    assert float(correlation(x, torch.ones(3))) == 0
+
+
+def test_stepwise_methods_log_the_reward_of_their_completions():
+    """Mean and correlation over the selected steps only."""
+    run = tiny_run(algorithm=Egspo(n_steps=2, lam=0.5, beta=0.0))
+    scored, _ = rollout(tiny_world(run), 0)
+    metrics = rollout_metrics(scored)
+    terms = torch.stack(list(scored.completion_terms.values())).sum(0)
+    assert metrics["completion_reward"] == pytest.approx(float(terms.mean()))
+    table = torch.stack([terms.flatten(), scored.reward.repeat_interleave(2)])
+    assert metrics["completion_correlation"] == pytest.approx(float(torch.corrcoef(table)[0, 1]))

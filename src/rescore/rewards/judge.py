@@ -56,8 +56,11 @@ def literal(value: Any) -> str:
     """The value as the text of a Python literal.
 
     Raises:
-        TypeError: it is not made of None, numbers, strings, bytes, lists, tuples, sets and dicts.
+        TypeError: it is not made of None, numbers except NaN, strings, bytes, lists, tuples, sets
+            and dicts.
     """
+    if isinstance(value, float) and value != value:
+        raise TypeError("nan is not plain data")
     if isinstance(value, float):
         return repr(float(value)).replace("inf", "1e999")
     if value is None or isinstance(value, (int, complex, str, bytes)):
@@ -110,7 +113,7 @@ def play() -> None:
     from_judge, to_judge = silence()
     with open(from_judge, "rb") as calls, open(to_judge, "wb", buffering=0) as replies:
         source, limits = ast.literal_eval(calls.readline().decode())
-        restrict(limits, "CPU", "AS", "FSIZE", "NOFILE", "NPROC", "CORE")
+        restrict(limits, "CPU", "NPROC")  # the others are inherited from the judge
 
         def start() -> None:
             load("solution", source, {})

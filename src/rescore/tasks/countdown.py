@@ -1,196 +1,40 @@
 """Countdown: reach a target from three or four numbers, each used exactly once, with + - * /.
 
-Problems are drawn so that they can be solved: a random expression is worked out from left to right,
-and where its value is an integer within range that value is the target. Splits are made from a hash
-of the numbers alone: no set of numbers that a model trains on is one it is judged on, whatever the
-seed and the pool.
+Problems, and the split each belongs to, come from ``countdown_problems``, or from files.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from jaxtyping import Int
 from torch import Tensor
 
 from rescore.rewards.answers import final_answer
 from rescore.rewards.arithmetic import evaluate, numbers_in
 from rescore.rewards.text import Facts, TextFunction
-from rescore.tasks.records import Record, read_records
+from rescore.tasks.countdown_problems import (
+    COUNTS,
+    LARGEST,
+    SPLITS,
+    Numbers,
+    needed_lengths,
+    problem_pool,
+    solve,
+    split_of,
+)
+from rescore.tasks.records import Record, located, read_split
 from rescore.tasks.task import Split
 from rescore.tasks.text import Problem, TextTask
 from rescore.tasks.tokenizers import Characters, Tokenizer
 from rescore.types import Examples
 
 Wording = Literal["bare", "instructions"]
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-COUNTS = (2, 3, 4)
-LARGEST = 9999
-"""Largest number of a problem: products of four stay within 64 bits."""
-_SHARES = (7, 8, 10)
-"""Of 10 parts of all sets of numbers: train below the first bound, then validation, then test."""
-_DRAWS = 1 << 15
-"""Expressions drawn at a time."""
-_PATIENCE = 8
-"""Times without a new problem after which a split counts as used up."""
-
-Numbers = tuple[int, ...]
-
-
-def split_of(numbers: Sequence[int]) -> Split:
-    """The split of a set of numbers; depends neither on their order nor on a target."""
-    text = ",".join(map(str, sorted(numbers)))
-    part = int(hashlib.sha256(text.encode()).hexdigest(), 16) % _SHARES[-1]
-    return SPLITS[sum(part >= bound for bound in _SHARES)]
-
-
-def needed_lengths(
-    count: int, numbers: tuple[int, int], targets: tuple[int, int]
-) -> tuple[int, int]:
-    """Columns that hold every bare prompt, and every solution without needless brackets.
-
-    Args:
-        count: numbers of a problem; c of them need at most c - 2 pairs of brackets.
-        numbers: smallest and largest number.
-        targets: smallest and largest target.
-    """
-    digits = count * len(str(numbers[1]))
-    separators = count - 1
-    return digits + separators + 1 + len(str(targets[1])), digits + separators + 2 * (count - 2)
-
-
-# The problems
-
-
-def written(numbers: Sequence[int], operators: Sequence[str]) -> str:
-    """The numbers joined from left to right, with the fewest brackets.
-
-    Where a sum or a product goes on for several numbers, those added come before those
-    subtracted, those multiplied before those divided by, and larger ones first.
-    """
-    first = "*" if operators[0] in "*/" else "+"
-    terms = zip((first, *operators), numbers, strict=True)
-    text = ""
-    for product, run in itertools.groupby(terms, key=lambda term: term[0] in "*/"):
-        ordered = sorted(run, key=lambda term: (term[0] in "-/", -term[1]))
-        rest = "".join(f"{operator}{number}" for operator, number in ordered)
-        text = rest[1:] if not text else f"({text}){rest}" if product else text + rest
-    return text
-
-
-@functools.lru_cache(maxsize=16)
-def problem_pool(
-    count: int,
-    numbers: tuple[int, int],
-    targets: tuple[int, int],
-    split: Split,
-    size: int,
-    seed: int,
-) -> dict[tuple[Numbers, int], str]:
-    """Distinct problems, sorted numbers and target, each with an expression that solves it.
-
-    Numbers and operators of the expression are uniform; intermediate values may be fractions or
-    negative. A pure function of its arguments.
-
-    Raises:
-        ValueError: the split has fewer problems, as far as drawing can tell.
-    """
-    rng = np.random.default_rng([seed, SPLITS.index(split)])
-    pool: dict[tuple[Numbers, int], str] = {}
-    dull = 0
-    while dull < _PATIENCE:
-        before = len(pool)
-        drawn = rng.integers(numbers[0], numbers[1], (_DRAWS, count), endpoint=True)
-        operators = rng.integers(4, size=(_DRAWS, count - 1))
-        top, bottom = _worked_out(drawn, operators)
-        target = top // bottom
-        keep = (top % bottom == 0) & (targets[0] <= target) & (target <= targets[1])
-        for row, which, value in zip(
-            drawn[keep].tolist(), operators[keep].tolist(), target[keep].tolist(), strict=True
-        ):
-            key = tuple(sorted(row)), value
-            if key not in pool and split_of(row) == split:
-                pool[key] = written(row, ["+-*/"[operator] for operator in which])
-                if len(pool) == size:
-                    return pool
-        dull = dull + 1 if len(pool) == before else 0
-    raise ValueError(
-        f"split '{split}' has {len(pool)} problems of {count} numbers within {numbers} and targets "
-        f"within {targets}, and {size} are wanted; make the pool smaller or widen the ranges"
-    )
-
-
-def _worked_out(
-    numbers: Int[np.ndarray, "n c"], operators: Int[np.ndarray, "n d"]
-) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """Numerators and denominators of expressions worked out from left to right."""
-    top, bottom = numbers[:, 0], np.ones_like(numbers[:, 0])
-    for number, operator in zip(numbers[:, 1:].T, operators.T, strict=True):
-        choices = [top + number * bottom, top - number * bottom, top * number, top]
-        top = np.choose(operator, choices)
-        bottom = np.where(operator == 3, bottom * number, bottom)
-    return top, bottom
-
-
-@dataclass(frozen=True)
-class _Part:
-    value: Fraction | int
-    text: str
-    kind: Literal["number", "sum", "product"]
-
-
-def solve(numbers: Sequence[int], target: int) -> str | None:
-    """An expression that uses every number once and equals the target; None if there is none.
-
-    One of sums and differences alone where that is enough.
-    """
-    parts = [_Part(number, str(number), "number") for number in sorted(numbers, reverse=True)]
-    return _search(parts, target, "+-") or _search(parts, target, "+-*/")
-
-
-def _search(parts: list[_Part], target: int, operators: str) -> str | None:
-    """Join two of the parts in every way, then search among what is left."""
-    if len(parts) == 1:
-        return parts[0].text if parts[0].value == target else None
-    for i, j in itertools.permutations(range(len(parts)), 2):
-        rest = [part for k, part in enumerate(parts) if k not in (i, j)]
-        for operator in operators:
-            joined = _join(parts[i], operator, parts[j])
-            found = _search([joined, *rest], target, operators) if joined else None
-            if found:
-                return found
-    return None
-
-
-def _join(left: _Part, operator: str, right: _Part) -> _Part | None:
-    """Two parts as one; None for a division by zero and for what other parts write shorter.
-
-    ``a - (b - c)`` is ``a + c - b``, so a sum never stands on the right in a sum, nor a product
-    on the right in a product.
-    """
-    kind = "product" if operator in "*/" else "sum"
-    if right.kind == kind or (operator == "/" and right.value == 0):
-        return None
-    value = {
-        "+": lambda a, b: a + b,
-        "-": lambda a, b: a - b,
-        "*": lambda a, b: a * b,
-        "/": lambda a, b: Fraction(a) / b,
-    }[operator](left.value, right.value)
-    sides = [
-        f"({side.text})" if kind == "product" and side.kind == "sum" else side.text
-        for side in (left, right)
-    ]
-    return _Part(value, operator.join(sides), kind)
 
 
 # The words
@@ -279,27 +123,42 @@ def _from_record(record: Record) -> tuple[Numbers, int]:
     )
 
 
-def _recorded(source: str, split: Split) -> list[tuple[Numbers, int]]:
-    """The problems of a split; none has the numbers of one in another split."""
-    if not Path(source).expanduser().is_dir():
-        rows = map(_from_record, read_records(source, "train"))
-        return [row for row in rows if split_of(row[0]) == split]
-    later = SPLITS[SPLITS.index(split) + 1 :]
-    held_out = itertools.chain.from_iterable(read_records(source, other) for other in later)
-    secret = {tuple(sorted(_from_record(record)[0])) for record in held_out}
-    rows = map(_from_record, read_records(source, split))
-    return [row for row in rows if tuple(sorted(row[0])) not in secret]
+def _within(values: Sequence[int], name: str, bounds: tuple[int, int]) -> None:
+    if not all(bounds[0] <= value <= bounds[1] for value in values):
+        raise ValueError(
+            f"{list(values)} is not within {name}={bounds}; widen that range, or leave the row out"
+        )
 
 
 @functools.lru_cache(maxsize=16)
 def _recorded_problems(
-    source: str, split: Split, count: int, size: int, wording: Wording
+    source: str,
+    split: Split,
+    count: int,
+    numbers: tuple[int, int],
+    targets: tuple[int, int],
+    size: int,
+    wording: Wording,
 ) -> tuple[Problem, ...]:
-    fitting = (row for row in _recorded(source, split) if len(row[0]) == count)
-    rows = {(*sorted(numbers), target): (numbers, target) for numbers, target in fitting}
-    if not rows:
+    rows = read_split(
+        source,
+        split,
+        read=_from_record,
+        content=lambda row: tuple(sorted(row[0])),
+        split_of=split_of,
+    )
+    fitting = {
+        (*sorted(row[0]), row[1]): (place, row) for place, row in rows if len(row[0]) == count
+    }
+    if not fitting:
         raise ValueError(f"'{source}' has no problem of {count} numbers for split '{split}'")
-    return tuple(_solved(*row, wording) for row in itertools.islice(rows.values(), size))
+    problems = []
+    for place, (given, target) in itertools.islice(fitting.values(), size):
+        with located(place):
+            _within(given, "numbers", numbers)
+            _within([target], "targets", targets)
+            problems.append(_solved(given, target, wording))
+    return tuple(problems)
 
 
 # The rewards
@@ -376,9 +235,10 @@ class Countdown(TextTask):
     source: str | None = None
     """Where to read problems instead of drawing them, as ``read_records`` understands it: rows
     ``{"nums": [3, 5, 7], "target": 22}`` or ``{"input": "3,5,7", "output": "22"}``. Those of
-    ``count`` numbers are taken, at most as many as the pools hold. A folder has a file for each
-    split, of which training leaves out what has the numbers of a validation or test problem, and
-    validation those of a test problem; anything else is one table, split by ``split_of``."""
+    ``count`` numbers are taken, at most as many as the pools hold, and must be within the ranges
+    above. A folder has a file for each split, of which training leaves out what has the numbers of
+    a validation or test problem, and validation those of a test problem; anything else is one
+    table, split by ``split_of``."""
 
     @classmethod
     def bare(
@@ -424,20 +284,44 @@ class Countdown(TextTask):
                 f"prompt_length and completion_length are {windows}; {self.count} numbers up to "
                 f"{self.numbers[1]} and targets up to {self.targets[1]} need {needed}"
             )
+        if isinstance(self.tokenizer, Characters):
+            example = _problem((1, 2, 3), 6, "1+2+3", self.wording)
+            needed = {*"0123456789+-*/()=,", *example.question, *example.gold}
+            missing = "".join(sorted(needed - set(self.tokenizer.alphabet)))
+            if missing:
+                raise ValueError(
+                    f"the alphabet of the tokenizer lacks {missing!r}, which "
+                    f"wording='{self.wording}' is written with; add them, or take a "
+                    f"PretrainedTokenizer for 'instructions' and Characters() for 'bare'"
+                )
 
     def problems(self, split: Split) -> Sequence[Problem]:
         """Problems drawn, or read from the source.
 
         Raises:
             ValueError: there are fewer than the pool is to hold, or a row of the source cannot
-                be read or solved.
+                be read or solved, or is not within the ranges; names the row.
         """
         pools = {"train": self.pool, "validation": self.validation_pool, "test": self.test_pool}
         size = pools[split]
-        if self.source is not None:
-            return _recorded_problems(self.source, split, self.count, size, self.wording)
         ranges = self.count, self.numbers, self.targets
+        if self.source is not None:
+            return _recorded_problems(self.source, split, *ranges, size, self.wording)
         return _drawn_problems(*ranges, split, size, self.seed, self.wording)
+
+    def check(self) -> None:
+        """Read the problems of every split, and put the longest into the windows.
+
+        Raises:
+            ValueError: see ``problems``; or a problem does not fit, then says which.
+        """
+        super().check()
+        for split in SPLITS:
+            texts = [(problem.question, problem.gold) for problem in self.problems(split)]
+            for part, fit in enumerate((self._canvas, self._completion)):
+                number = max(range(len(texts)), key=lambda n: len(texts[n][part]))
+                with located(f"problem {number} of split '{split}'"):
+                    fit(texts[number][part])
 
     def problem(self, text: str) -> Problem:
         """The problem of a text such as ``3,5,7=22``, as ``show`` prints it.

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, cast
 
 from rescore.rewards import answers
 from rescore.rewards.text import TextFunction
-from rescore.tasks.records import Record, read_records, split_by_content, without
+from rescore.tasks.records import Record, located, read_records, split_by_content, without
 from rescore.tasks.task import Split
 from rescore.tasks.text import Problem, TextTask
 
@@ -256,7 +256,7 @@ def _rows(task: type[WordProblems], source: str, split: Split) -> list[dict[str,
     """The rows of a source, each of which can be used."""
     rows = read_records(source, split)
     for number, row in enumerate(rows):
-        try:
+        with located(f"row {number} of '{source}', split '{split}'"):
             for column in task.columns:
                 if not isinstance(row.get(column), str) or not row[column].strip():
                     raise ValueError(
@@ -264,8 +264,6 @@ def _rows(task: type[WordProblems], source: str, split: Split) -> list[dict[str,
                         f"(there are the columns {sorted(row)})"
                     )
             task.solved(row)
-        except ValueError as error:
-            raise ValueError(f"row {number} of '{source}', split '{split}': {error}") from None
     return rows
 
 

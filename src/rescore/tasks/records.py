@@ -15,9 +15,14 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
+
+from rescore.tasks.task import Split
+
+T = TypeVar("T")
 
 Record = Mapping[str, Any]
 """One row: column name to value."""
@@ -45,6 +50,55 @@ def read_records(source: str, split: str) -> list[dict[str, Any]]:
     if not records:
         raise ValueError(f"'{source}' has no records in split '{split}'; expected at least one")
     return records
+
+
+def read_split(
+    source: str,
+    split: Split,
+    *,
+    read: Callable[[Record], T],
+    content: Callable[[T], tuple[int, ...]],
+    split_of: Callable[[tuple[int, ...]], Split],
+) -> list[tuple[str, T]]:
+    """The rows of a split, read, each after the place where it stands; splits share no content.
+
+    A folder has a file for each split: of one, what has the content of a row in a later split is
+    left out, so that the test file is taken as it is. Anything else is one table, split by content.
+
+    Args:
+        source: see ``read_records``.
+        split: the split that is asked for.
+        read: what a record says; its errors are raised again with the place.
+        content: what no two splits may share.
+        split_of: the split of a content.
+
+    Raises:
+        ValueError: the source cannot be read, or one of its rows.
+    """
+    if not Path(source).expanduser().is_dir():
+        rows = _placed(source, "train", read)
+        return [(place, row) for place, row in rows if split_of(content(row)) == split]
+    later = get_args(Split)[get_args(Split).index(split) + 1 :]
+    held_out = {content(row) for other in later for _, row in _placed(source, other, read)}
+    rows = _placed(source, split, read)
+    return [(place, row) for place, row in rows if content(row) not in held_out]
+
+
+def _placed(source: str, split: str, read: Callable[[Record], T]) -> Iterator[tuple[str, T]]:
+    for number, record in enumerate(read_records(source, split)):
+        place = f"row {number} of '{source}', split '{split}'"
+        with located(place):
+            row = read(record)
+        yield place, row
+
+
+@contextmanager
+def located(place: str) -> Iterator[None]:
+    """Put the place in front of the message of a ``ValueError``."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
 
 
 def split_by_content(

@@ -12,15 +12,14 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from rescore.rewards.answers import answer_block, well_formed
 from rescore.rewards.text import Facts, TextFunction
-from rescore.tasks.records import Record, read_records
+from rescore.tasks.records import Record, read_split
 from rescore.tasks.sudoku import Sudoku
-from rescore.tasks.sudoku_grids import BOXES, SPLITS, completions, puzzle_pool, split_of
+from rescore.tasks.sudoku_grids import BOXES, completions, puzzle_pool, split_of
 from rescore.tasks.task import Split
 from rescore.tasks.text import Problem, TextTask
 
@@ -145,21 +144,16 @@ def _posed(puzzle: str) -> bool:
     return bool(re.fullmatch("[0-9]+", puzzle)) and len(puzzle) in cells and "0" in puzzle
 
 
-def _recorded(source: str, split: Split) -> list[tuple[str, str]]:
-    """The puzzles of a split; none has the solution of one in another split."""
-    if not Path(source).expanduser().is_dir():
-        rows = map(_from_record, read_records(source, "train"))
-        return [row for row in rows if split_of([int(digit) - 1 for digit in row[1]]) == split]
-    later = SPLITS[SPLITS.index(split) + 1 :]
-    held_out = itertools.chain.from_iterable(read_records(source, other) for other in later)
-    secret = {_from_record(record)[1] for record in held_out}
-    rows = map(_from_record, read_records(source, split))
-    return [row for row in rows if row[1] not in secret]
-
-
 @functools.lru_cache(maxsize=16)
 def _recorded_problems(source: str, split: Split, side: int, size: int) -> tuple[Problem, ...]:
-    rows = dict.fromkeys(row for row in _recorded(source, split) if len(row[0]) == side**2)
+    recorded = read_split(
+        source,
+        split,
+        read=_from_record,
+        content=lambda row: tuple(int(digit) - 1 for digit in row[1]),
+        split_of=split_of,
+    )
+    rows = dict.fromkeys(row for _, row in recorded if len(row[0]) == side**2)
     if not rows:
         raise ValueError(f"'{source}' has no {side}x{side} puzzle for split '{split}'")
     return tuple(_problem(*row) for row in itertools.islice(rows, size))

@@ -101,6 +101,17 @@ class TextTask(Task):
         """One token as text."""
         return self.tokenizer.symbol(token)
 
+    def check(self) -> None:
+        """Lay out the prompts with most characters, which have about the most tokens.
+
+        Raises:
+            ValueError: one is longer than the window, or the tokenizer cannot be used.
+        """
+        for split in ("train", "validation", "test"):
+            longest = sorted(self.problems(split), key=lambda problem: -len(problem.question))
+            for problem in longest[:8]:
+                self._canvas(problem.question)
+
     def size(self, split: Split) -> int:
         """Number of problems in a split."""
         return len(self.problems(split))

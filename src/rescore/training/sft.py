@@ -48,6 +48,8 @@ class Sft(Supervised):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.micro_batch < 1:
+            raise ValueError(f"micro_batch must be at least 1, got {self.micro_batch}")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out must lie in (0, 1), got {self.held_out}")
 
@@ -87,7 +89,10 @@ def sft(run: Run, options: Sft, note: Callable[[str], None]) -> Path:
         note(f"step {row.step}: validation bound {row.validation:.3f} nats per completion")
 
     with torch.autocast(
-        accelerator.device.type, torch.bfloat16, enabled=run.precision == "bfloat16"
+        accelerator.device.type,
+        torch.bfloat16,
+        enabled=run.precision == "bfloat16",
+        cache_enabled=False,  # a cast kept from before an update would hide the update
     ):
         fit(
             module,
