@@ -367,7 +367,9 @@ def _revisit(
     directory = Path(_needed(leading, f"{name} RUN", command, rest))
     _, source, options = _stored(directory)
     run = _overridden(source, train, options, directory)
-    default = kind(decoder=run.decoder, seed=run.seed, device=run.device, precision=run.precision)
+    known = {field.name for field in dataclasses.fields(kind)}
+    shared = known & {"decoder", "seed", "device", "precision"}
+    default = kind(**{name: getattr(run, name) for name in shared})
     chosen = tyro.cli(
         kind,
         default=default,

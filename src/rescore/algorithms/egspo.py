@@ -9,8 +9,8 @@ reward of the one-step greedy completion of the state before it, recorded on the
 Bias: top-K drops steps and lets the sampled path choose which, so its gradient is biased; with
 ``lam`` > 0 and a group baseline even at K = T, because a rank is known only when a path has ended.
 ``importance`` draws K steps with replacement, q proportional to H + delta, and weights each draw by
-1 / (K q): unbiased. ``random`` is K / T times the gradient. The group mean scales it by 1 - 1/G,
-returns that are not normalised by 1 + lam.
+1 / (K q): unbiased. ``random`` is K / T times the gradient where every step reveals something. The
+group mean scales it by 1 - 1/G, returns that are not normalised by 1 + lam if lam is constant.
 
 What differs from the released code, and why, is listed in docs/algorithms/egspo.md.
 """
@@ -76,8 +76,8 @@ class Egspo(Algorithm):
     losses, ``k2`` and ``exact`` have the gradient of KL(new || ref), ``k3`` that of
     KL(ref || new), and ``k1`` a gradient of mean 0."""
     aggregation: Literal["sum", "mean"] = "sum"
-    """``mean`` divides the log-probability of a step by its number of tokens, so the ratio is a
-    geometric mean; biased unless every step reveals one token."""
+    """``mean`` divides the log-probability of a step by its number of tokens n, so the ratio is a
+    geometric mean: 1 / n of the gradient where n is constant, else biased."""
     score: Score = Score()
     """What the log-probability of a step counts."""
 

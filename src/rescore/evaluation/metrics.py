@@ -37,6 +37,8 @@ def evaluate(
     The noise of a prompt depends on its number and the seed only, so two policies evaluated on the
     same prompts are compared on the same noise.
     """
+    if not len(index):  # more processes than prompts
+        return {name: torch.zeros(0, device=device) for name in ("reward", *task.reward.functions)}
     parts: dict[str, list[Tensor]] = {}
     for rows in index.split(batch_size):
         prompts = task.prompts(split, rows).to(device)

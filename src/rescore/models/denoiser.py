@@ -70,5 +70,6 @@ class Counted:
         positions: Int[Tensor, "B R"] | None = None,
     ) -> Float[Tensor, "B R V"]:
         """Pass the call on and count its rows."""
+        logits = self.network.predict(x_t, attend=attend, positions=positions)
         self.rows += len(x_t)
-        return self.network.predict(x_t, attend=attend, positions=positions)
+        return logits

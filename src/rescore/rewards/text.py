@@ -66,6 +66,8 @@ def pack(facts: Sequence[Facts]) -> UInt8[Tensor, "B W"]:
     """JSON as UTF-8 bytes, padded with zeros to the longest of the batch."""
     texts = [json.dumps(item, sort_keys=True).encode() for item in facts]
     width = max(map(len, texts), default=0)
+    if width == 0:
+        return torch.zeros(len(texts), 0, dtype=torch.uint8)
     flat = bytearray(b"".join(text.ljust(width, b"\0") for text in texts))
     return torch.frombuffer(flat, dtype=torch.uint8).view(len(texts), width)
 

@@ -29,11 +29,11 @@ def over_rows(
         part = waiting.pop()
         try:
             results.append(function(part))
+            continue
         except torch.OutOfMemoryError:
             if len(part) == 1:
                 raise
-            at_most = (len(part) + 1) // 2
-            torch.cuda.empty_cache()  # without CUDA it does nothing
-            rows = torch.cat([part, *waiting[::-1]])
-            waiting = list(rows.split(at_most))[::-1]
+        at_most = (len(part) + 1) // 2
+        torch.cuda.empty_cache()  # now that the failed part is forgotten; nothing without CUDA
+        waiting = list(torch.cat([part, *waiting[::-1]]).split(at_most))[::-1]
     return results

@@ -21,7 +21,7 @@ class Decoder:
     temperature: float = 1.0
     """Of the law that tokens are drawn from; 0 takes the most probable token (evaluation only)."""
     position_temperature: float = 0.5
-    """Of the position weights of ``plackett_luce``."""
+    """Of the position weights of ``plackett_luce`` and ``soft_low_confidence``."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.blocks < 1 or self.steps % self.blocks:

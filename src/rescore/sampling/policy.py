@@ -13,8 +13,8 @@ from rescore.sampling.chunks import over_rows
 from rescore.sampling.decoder import Decoder
 from rescore.sampling.discrete import StepRows, columns_of, fill_in, sample_masked, step_log_prob
 from rescore.sampling.record import Record, Score
-from rescore.sampling.rng import Rng
-from rescore.types import MaskedTrajectory, Prompts
+from rescore.sampling.rng import SampleRng
+from rescore.types import MaskedTrajectory, Prompts, joined
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,15 @@ class MaskedPolicy:
     """Network rows per forward without gradients; any value gives the same paths and numbers."""
 
     @torch.no_grad()
-    def sample(self, prompts: Prompts, record: Record, rng: Rng) -> MaskedTrajectory:
-        """Draw one path per prompt, recording what ``record`` asks for."""
-        return sample_masked(self.denoiser, self.decoder, prompts, record, rng)
+    def sample(self, prompts: Prompts, record: Record, rng: SampleRng) -> MaskedTrajectory:
+        """Draw one path per prompt, recording what ``record`` asks for; a part at a time."""
+
+        def part(rows: Int[Tensor, " n"]) -> MaskedTrajectory:
+            rows = rows.to(prompts.tokens.device)
+            some = prompts.take(rows)
+            return sample_masked(self.denoiser, self.decoder, some, record, rng.take(rows))
+
+        return joined(over_rows(part, prompts.n_samples, at_most=self.forward_rows))
 
     @torch.no_grad()
     def log_probs(

@@ -32,7 +32,7 @@ STREAMS_PER_STEP = 4
 
 @runtime_checkable
 class Rng(Protocol):
-    """The two kinds of draw that samplers and algorithms make.
+    """The kinds of draw that samplers and algorithms make.
 
     ``rescore.proof`` implements it a second time, to enumerate every outcome of the same code.
     """
@@ -65,6 +65,10 @@ class SampleRng:
 
     seed: int
     sample_id: Int[Tensor, " B"]
+
+    def take(self, rows: Int[Tensor, " n"]) -> SampleRng:
+        """The generators of some of the samples."""
+        return SampleRng(self.seed, self.sample_id[rows])
 
     def uniform(self, stream: Stream, step: int, where: Int[Tensor, "B R"]) -> Float[Tensor, "B R"]:
         """Uniforms on the grid (k + 1/2) 2^-52 in (0, 1), float64: one per sample and row name."""

@@ -310,18 +310,14 @@ class Countdown(TextTask):
         return _drawn_problems(*ranges, split, size, self.seed, self.wording)
 
     def check(self) -> None:
-        """Read the problems of every split, and put the longest into the windows.
+        """Read the problems of every split, and put the longest texts into the windows.
 
         Raises:
-            ValueError: see ``problems``; or a problem does not fit, then says which.
+            ValueError: see ``problems``; or a prompt or a gold completion does not fit.
         """
         super().check()
         for split in SPLITS:
-            texts = [(problem.question, problem.gold) for problem in self.problems(split)]
-            for part, fit in enumerate((self._canvas, self._completion)):
-                number = max(range(len(texts)), key=lambda n: len(texts[n][part]))
-                with located(f"problem {number} of split '{split}'"):
-                    fit(texts[number][part])
+            self._completion(max((problem.gold for problem in self.problems(split)), key=len))
 
     def problem(self, text: str) -> Problem:
         """The problem of a text such as ``3,5,7=22``, as ``show`` prints it.

@@ -181,9 +181,9 @@ class TextTask(Task):
     def _prompts(self, problems: Sequence[Problem]) -> Prompts:
         rows = [self._canvas(problem.question) for problem in problems]
         number = torch.arange(len(rows))
-        tokens = torch.tensor([row for row, _ in rows])
+        tokens = torch.tensor([row for row, _ in rows], dtype=torch.long).view(-1, self.length)
         column = torch.arange(self.length).expand_as(tokens)
-        start = torch.tensor([start for _, start in rows])
+        start = torch.tensor([start for _, start in rows], dtype=torch.long)
         facts = [{**problem.facts, "gold": problem.gold} for problem in problems]
         return Prompts(
             tokens=tokens,

@@ -9,12 +9,12 @@ from rescore.models.language import LanguageModel
 from rescore.models.language_files import save_adapter, save_merged
 from rescore.training.pretrained import Pretrained
 from rescore.training.run import Run
-from rescore.training.session import Evaluation, best_world
+from rescore.training.session import Loading, best_world
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export(Evaluation):
-    """What to write of the best checkpoint of a run; n and split play no part."""
+class Export(Loading):
+    """What to write of the best checkpoint of a run."""
 
     out: Path = Path("export")
     """A new folder."""
@@ -38,7 +38,8 @@ def export_run(run: Run, directory: Path, options: Export) -> Path:
         )
     if run.lora is None and not options.merged:
         raise ValueError(f"{directory} trained all weights, not adapters; export it with --merged")
-    world, source = best_world(run, directory, options), run.base.source(run.task)
+    world = best_world(run, directory, options, run.decoder)
+    source = run.base.source(run.task)
     assert isinstance(world.module, LanguageModel)
     if options.merged or run.lora is None:
         save_merged(world.module, options.out, source)

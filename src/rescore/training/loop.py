@@ -184,7 +184,9 @@ def evaluate_split(
     run, accelerator = world.run, world.accelerator
     index = torch.arange(min(n, run.task.size(split)))
     mine = index[accelerator.process_index :: accelerator.num_processes]
-    own = MaskedPolicy(network, run.decoder) if network is not None else world.models.new
+    own = world.models.new
+    if network is not None:
+        own = MaskedPolicy(network, run.decoder, run.forward_rows)
     values, failure = {}, None
     with nullcontext() if network is not None else world.averaged(), world.autocast():
         try:
@@ -194,7 +196,6 @@ def evaluate_split(
                 split,
                 mine,
                 seed=run.seed ^ EVALUATION_SEED,
-                batch_size=min(256, run.forward_rows),
                 device=accelerator.device,
             )
         except RewardError as error:

@@ -13,15 +13,20 @@ from jaxtyping import Int
 from torch import Tensor
 
 from rescore.rewards.reward import RewardError
-from rescore.sampling.chunks import over_rows
 from rescore.sampling.rng import SampleRng
 from rescore.training.optim import TrainingError
 from rescore.training.run import Run
 from rescore.training.world import World
-from rescore.types import MaskedTrajectory, Prompts, Scored, Selected, joined
+from rescore.types import Prompts, Scored, Selected
 
-PROBE_TOLERANCE = {"float32": 1e-5, "float64": 1e-12, "bfloat16": 0.1}
-"""Largest difference, in nats per step, between recorded and replayed log-probabilities."""
+PROBE_TOLERANCE = {
+    "float32": (1e-5, 1e-5),
+    "float64": (1e-12, 1e-12),
+    "bfloat16": (0.05, 1.0),
+}
+"""Mean and largest difference allowed, in nats per step, between recorded and replayed
+log-probabilities. In bfloat16 neighbouring logits near 20 are 0.125 apart, so single steps may
+differ by that; a systematic difference shows in the mean."""
 PROBE_ROWS = 512
 """Steps replayed by the probe."""
 
@@ -69,8 +74,9 @@ def rollout(world: World, step: int) -> tuple[Scored, dict[str, float]]:
     share = run.batch_size // accelerator.num_processes
     first = accelerator.process_index * share
     prompts = prompts.take(torch.arange(first, first + share)).to(accelerator.device)
+    rng = SampleRng(run.seed, prompts.sample_id)
     with world.autocast():
-        trajectory = sample(world, prompts)
+        trajectory = world.models.new.sample(prompts, run.algorithm.record, rng)
         selected = run.algorithm.select(world.models, trajectory)
     clock.append((time.perf_counter(), time.process_time()))
     scored = score(world, selected)
@@ -91,17 +97,6 @@ def rollout(world: World, step: int) -> tuple[Scored, dict[str, float]]:
         seconds[f"time/{name}_s"] = after[0] - before[0]
         seconds[f"cpu/{name}_s"] = after[1] - before[1]
     return scored, seconds
-
-
-def sample(world: World, prompts: Prompts) -> MaskedTrajectory:
-    """One path per prompt, in parts that fit into memory; the parts change nothing."""
-
-    def part(rows: Tensor) -> MaskedTrajectory:
-        some = prompts.take(rows.to(prompts.tokens.device))
-        rng = SampleRng(world.run.seed, some.sample_id)
-        return world.models.new.sample(some, world.run.algorithm.record, rng)
-
-    return joined(over_rows(part, prompts.n_samples, at_most=world.run.forward_rows))
 
 
 def score(world: World, selected: Selected) -> Scored:
@@ -183,12 +178,14 @@ def probe(world: World, scored: Scored) -> float:
     with world.autocast():
         paths, column = trajectory.take(sample), step[:, None]
         replayed = world.models.new.log_probs(paths, column, run.algorithm.record.score)[:, 0]
-    worst = (replayed - recorded).abs().nan_to_num(nan=math.inf).max().item()
+    gap = (replayed - recorded).abs().nan_to_num(nan=math.inf)
+    mean, worst = gap.mean().item(), gap.max().item()
     tolerance = PROBE_TOLERANCE[run.precision]
-    if not worst <= tolerance:
+    if not (mean <= tolerance[0] and worst <= tolerance[1]):
         raise TrainingError(
-            f"replayed log-probabilities differ from the recorded ones by {worst:.3g} nat per step "
-            f"(at most {tolerance:g} in {run.precision}), so the ratio would not start at 1; the "
+            f"replayed log-probabilities differ from the recorded ones by {worst:.3g} nat per "
+            f"step, {mean:.3g} on average (at most {tolerance[1]:g} and {tolerance[0]:g} in "
+            f"{run.precision}), so the ratio would not start at 1; the "
             f"network gives other outputs in training than in sampling: look for dropout, batch "
             f"statistics, other global state, rows that influence each other, or weights that are "
             f"not finite"

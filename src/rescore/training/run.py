@@ -21,7 +21,8 @@ from rescore.training.base import Base
 from rescore.training.optim import Optim
 
 Precision = Literal["float32", "float64", "bfloat16"]
-"""Of the network. ``bfloat16`` is autocast with float32 weights; log-probabilities stay float32."""
+"""Of the network. ``bfloat16`` is autocast; frozen weights keep the type they were loaded in, and
+log-probabilities are float32."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -196,17 +196,23 @@ def write_film(world: World, base: Denoiser, best: Denoiser, number: int, out: P
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class Loading:
+    """How to load the best checkpoint of a run."""
+
+    device: str
+    """A torch device: cpu, cuda, cuda:1."""
+    precision: Precision
+    """Of the network."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Loading):
     """How to evaluate the best checkpoint of a run."""
 
     decoder: Decoder
     """How it is sampled."""
     seed: int
     """Of the noise."""
-    device: str
-    """A torch device: cpu, cuda, cuda:1."""
-    precision: Precision
-    """Of the network."""
     split: Split = "test"
     """Of the task."""
     n: int = 512
@@ -238,7 +244,8 @@ def evaluate_run(run: Run, directory: Path, options: Evaluation) -> dict[str, An
     Raises:
         ValueError: the device cannot be used, or the directory has no usable checkpoint.
     """
-    world = best_world(run, directory, options)
+    world = best_world(run, directory, options, options.decoder)
+    world.run = dataclasses.replace(world.run, seed=options.seed)
     values = evaluate_split(world, options.split, options.n)
     label = f"{directory}, {options.split}, {options.decoder}"
     return {"label": label, "metrics": summarise(values)}
@@ -255,7 +262,7 @@ def sample_run(run: Run, directory: Path, options: Sampling) -> list[str]:
         prompts = task.read(options.prompts)
     else:
         prompts = task.prompts(options.split, torch.arange(options.n))
-    world = best_world(run, directory, options)
+    world = best_world(run, directory, options, options.decoder)
     prompts = prompts.to(world.accelerator.device)
     with world.autocast():
         rng = SampleRng(options.seed, prompts.sample_id)
@@ -273,8 +280,8 @@ def sample_run(run: Run, directory: Path, options: Sampling) -> list[str]:
     ]
 
 
-def best_world(run: Run, directory: Path, options: Evaluation) -> World:
-    """The world of a run with its best weights, to be used as ``options`` say.
+def best_world(run: Run, directory: Path, options: Loading, decoder: Decoder) -> World:
+    """The world of a run with its best weights, to be used with a decoder.
 
     Raises:
         ValueError: the device cannot be used, or the directory has no usable checkpoint.
@@ -284,7 +291,7 @@ def best_world(run: Run, directory: Path, options: Evaluation) -> World:
     step = checkpoint.latest(directory / "checkpoints")
     if step is None:
         raise CheckpointError(f"{directory} has no complete checkpoint")
-    run = dataclasses.replace(run, decoder=options.decoder)
+    run = dataclasses.replace(run, decoder=decoder)
     accelerator = accelerator_for(run)
     note = Console(str(directory), run.steps, terminal=Terminal(stderr=True)).note
     module = build_base(run, accelerator, note)
@@ -298,7 +305,6 @@ def best_world(run: Run, directory: Path, options: Evaluation) -> World:
         )
     world.state.best_step = saved["best_step"]
     load_best(world, directory / "checkpoints")
-    world.run = dataclasses.replace(run, seed=options.seed)  # after the base, which run.seed chose
     return world
 
 

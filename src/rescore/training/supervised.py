@@ -106,7 +106,7 @@ def fit(
     shape = (config.batch, data.x_0.shape[1])
 
     def report(step: int, train: float | None) -> None:
-        validation = validation_bound(module, held_out, config, device)
+        validation = validation_bound(module, held_out, config, device, micro_batch)
         progress(Row(step=step, train=train, validation=validation))
 
     report(0, None)
@@ -180,7 +180,11 @@ def rate(step: int, config: Supervised) -> float:
 
 @torch.no_grad()
 def validation_bound(
-    model: Denoiser, examples: Examples, config: Supervised, device: torch.device | str = "cpu"
+    model: Denoiser,
+    examples: Examples,
+    config: Supervised,
+    device: torch.device | str = "cpu",
+    micro_batch: int | None = None,
 ) -> float:
     """The bound on held-out sequences under fixed masks, nats per sequence.
 
@@ -193,7 +197,7 @@ def validation_bound(
     row = torch.arange(rows)
     noise = torch.rand(rows, shape[1], generator=torch.Generator().manual_seed(0))
     total = 0.0
-    for part in row.split(config.batch):
+    for part in row.split(micro_batch or config.batch):
         some = examples.take(part % shape[0])
         n_editable = some.editable.sum(1)
         n_masked = 1 + part * n_editable // rows

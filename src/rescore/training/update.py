@@ -51,6 +51,7 @@ def update(world: World, credited: Credited, step: int) -> dict[str, float]:
             except torch.OutOfMemoryError:
                 if micro_batch == 1:
                     raise
+            if total is None:
                 world.updater.optimizer.zero_grad()  # of the parts that did fit
                 torch.cuda.empty_cache()
                 micro_batch, sums = (min(micro_batch, len(mine)) + 1) // 2, before
