@@ -40,7 +40,8 @@ def test_a_dry_run_trains_saves_resumes_and_exports(recipe, tmp_path):
     first, second = weights(out, 1), weights(out, 2)
     assert all(".lora_" in name for name in first)
     layers = {name.partition(".lora_")[0].rpartition(".")[2] for name in first}
-    assert layers == set(run_of(recipe).lora.targets) and len(layers) == 7
+    lora = run_of(recipe).lora
+    assert lora is not None and layers == set(lora.targets) and len(layers) == 7
     assert any(not torch.equal(first[name], second[name]) for name in first)
 
     cli.main(["train", "--resume", str(out), "--steps", "3"])
@@ -51,7 +52,9 @@ def test_a_dry_run_trains_saves_resumes_and_exports(recipe, tmp_path):
     network = PeftModel.from_pretrained(plain.network, str(exported)).eval()
     ours = load_language_model(str(tmp_path / "run-weights"), dtype="float32")
     load_adapter(ours, exported)
-    adapted = LanguageModel(network.base_model.model, layout=ours.layout, mask_id=ours.mask_id)
+    inner = network.get_base_model()
+    assert isinstance(inner, torch.nn.Module)
+    adapted = LanguageModel(inner, layout=ours.layout, mask_id=ours.mask_id)
     x_t = torch.randint(0, 200, (2, 12), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(adapted.predict(x_t), ours.predict(x_t))
 

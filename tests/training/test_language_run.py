@@ -16,7 +16,7 @@ from rescore.models.language import LanguageModel, check_installed, load_languag
 from rescore.models.language_files import load_adapter
 from rescore.models.miniature import Family, write_miniature
 from rescore.training.log import read
-from rescore.training.session import Evaluation, best_world
+from rescore.training.session import Loading, best_world
 
 RECIPE = """
 from __future__ import annotations
@@ -149,10 +149,8 @@ def best_model(root: Path) -> LanguageModel:
     """The network of the run with its best weights, in the precision it was run in."""
     stored = json.loads((root / "run" / "run.json").read_text())
     run = cli._overridden(f"{root / 'spell.py'}:spell", cli.train, stored["arguments"])
-    options = Evaluation(
-        decoder=run.decoder, seed=run.seed, device=run.device, precision=run.precision
-    )
-    module = best_world(run, root / "run", options).module
+    options = Loading(device=run.device, precision=run.precision)
+    module = best_world(run, root / "run", options, run.decoder).module
     assert isinstance(module, LanguageModel)
     return module
 
