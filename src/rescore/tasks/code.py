@@ -152,9 +152,8 @@ class Code(TextTask):
             ValueError: there is none and ``unsafe_code_rewards`` is not set, or a source cannot be
                 used.
         """
-        super().check()
         self.sandbox.check()
-        self.problems("train")
+        super().check()
 
     def problems(self, split: Split) -> Sequence[Problem]:
         """The problems of a split; sources are read once per process.

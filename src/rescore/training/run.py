@@ -147,9 +147,9 @@ class Run:
             )
         if self.lora is not None:
             require("peft", "lora", "language")
-        self.task.check()
         self.base.check_training(adapters=self.lora is not None, precision=self.precision)
         self.base.check(self.task, self.device)
+        self.task.check()
         self.algorithm.check(self.decoder, self.group_size, tuple(self.task.reward.functions))
 
 
