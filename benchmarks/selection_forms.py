@@ -74,8 +74,9 @@ def main(options: Options) -> None:
         before = [rows[0]["metrics"]["solve_rate"]["mean"] for rows in runs]
         after = [rows[-1]["metrics"]["solve_rate"]["mean"] for rows in runs]
         gain = [b - a for a, b in zip(before, after, strict=True)]
-        lines.append(" | ".join(["|", form, *map(mean_and_error, (before, after, gain)), "|"]))
-    table = "\n".join(line.replace("| | ", "| ") for line in lines)
+        cells = [form, *map(mean_and_error, (before, after, gain))]
+        lines.append(f"| {' | '.join(cells)} |")
+    table = "\n".join(lines)
     (options.out / "table.md").write_text(table + "\n")
     print(table)
 
