@@ -11,6 +11,7 @@ from rescore.objectives.advantages import (
     Baseline,
     centre,
     covering_steps,
+    normalise_std,
     stepwise_advantage,
     zero_variance,
 )
@@ -101,6 +102,59 @@ def test_the_dtype_of_the_reward_is_kept():
     advantage = centre(RETURNS.float(), GROUP, "leave_one_out")
     assert advantage.dtype == torch.float32
     torch.testing.assert_close(advantage, centre(RETURNS, GROUP, "leave_one_out").float())
+
+
+# ---- division by the standard deviation ----------------------------------------------------------
+
+
+def test_normalised_advantages_by_hand():
+    """Over the root of the sum of squares over n - 1, plus 1e-8, in each group."""
+    found = normalise_std(centre(RETURNS, GROUP, "group_mean"), GROUP)[:, 0]
+    mean = 1.75 / 3
+    three = math.sqrt(((1 - mean) ** 2 + mean**2 + (0.75 - mean) ** 2) / 2)
+    by_hand = [(1 - mean) / three, 0.125 / math.sqrt(2 * 0.125**2), -mean / three]
+    by_hand += [-math.sqrt(0.5), (0.75 - mean) / three, math.sqrt(0.5), -math.sqrt(0.5)]
+    torch.testing.assert_close(found, table([by_hand])[0], rtol=1e-6, atol=1e-6)
+    small = normalise_std(table([[3e-8], [-3e-8]]), torch.tensor([0, 0]))
+    exact = 3e-8 / (3e-8 * math.sqrt(2) + 1e-8)
+    torch.testing.assert_close(small, table([[exact], [-exact]]))
+
+
+@pytest.mark.parametrize("baseline", ["none", "group_mean", "leave_one_out"])
+def test_normalised_advantages_have_unit_deviation_in_every_group_and_column(baseline):
+    """Whatever the baseline: it shifts or scales a group, which the division undoes."""
+    found = normalise_std(centre(RETURNS, GROUP, baseline), GROUP)
+    for group in (0, 2, 5):
+        deviation = found[group == GROUP].std(0)  # of n - 1
+        torch.testing.assert_close(deviation, torch.ones(3).double(), rtol=1e-6, atol=1e-6)
+
+
+def test_normalising_undoes_the_scale_of_leave_one_out_and_of_the_reward():
+    """G / (G - 1) cancels, and so does a positive factor of all rewards."""
+    by_mean, by_others = (
+        normalise_std(centre(RETURNS, GROUP, b), GROUP) for b in ("group_mean", "leave_one_out")
+    )
+    torch.testing.assert_close(by_others, by_mean, rtol=1e-6, atol=1e-6)
+    scaled = normalise_std(centre(1000 * RETURNS, GROUP, "group_mean"), GROUP)
+    torch.testing.assert_close(scaled, by_mean, rtol=1e-6, atol=1e-6)
+
+
+def test_normalised_columns_do_not_know_of_each_other():
+    """All columns at once are each column by itself."""
+    whole = normalise_std(RETURNS, GROUP)
+    for k in range(3):
+        assert torch.equal(whole[:, [k]], normalise_std(RETURNS[:, [k]], GROUP))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_groups_without_spread_are_normalised_to_exactly_zero(dtype):
+    """0.3 / 1e-8 would be the largest advantage of the batch; a sample alone is no group."""
+    value = torch.tensor([[0.1 + 0.2], [0.1 + 0.2], [0.1 + 0.2], [0.7], [1.0], [2.0]], dtype=dtype)
+    group = torch.tensor([0, 0, 0, 1, 4, 4])
+    found = normalise_std(value, group)
+    assert found[:4, 0].tolist() == [0.0] * 4
+    assert bool((found[4:] > 0).all())
+    assert found.dtype == dtype
 
 
 # ---- stepwise advantages -------------------------------------------------------------------------

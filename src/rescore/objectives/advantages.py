@@ -59,6 +59,29 @@ def zero_variance(
     return (low >= high)[group]
 
 
+def normalise_std(
+    advantage: Float[Tensor, "B K"], group: Int[Tensor, " B"]
+) -> Float[Tensor, "B K"]:
+    """Divided by the standard deviation inside the group (n - 1 in it) plus 1e-8, by column.
+
+    GRPO's normalisation (arXiv:2402.03300), for advantages that are centred already. The divisor
+    depends on the rewards, so the expected gradient is no longer a multiple of that of E[r]; after
+    it, ``group_mean`` and ``leave_one_out`` are the same up to the 1e-8. Where all entries of a
+    group are equal the result is exactly 0.
+
+    Args:
+        advantage: ``centre``'s result, all of whose entries count.
+        group: group of each sample, numbers in [0, B).
+    """
+    value = advantage.double()
+    count = torch.zeros_like(value).index_add(0, group, torch.ones_like(value))[group]
+    mean = torch.zeros_like(value).index_add(0, group, value)[group] / count
+    square = torch.zeros_like(value).index_add(0, group, (value - mean).square())[group]
+    std = (square / (count - 1).clamp(min=1)).sqrt()
+    same = zero_variance(advantage, group)
+    return torch.where(same, 0.0, value / (std + 1e-8)).to(advantage.dtype)
+
+
 def stepwise_advantage(
     reward: Float[Tensor, " B"],
     completion_reward: Float[Tensor, "B K"],
