@@ -18,6 +18,7 @@ from rescore.models.finetune import (
 )
 from rescore.models.tiny import MlpDenoiser
 from rescore.models.transformer import Transformer, TransformerConfig
+from tiny import denoiser
 
 V, L = 4, 5
 LORA = Lora(rank=3, alpha=12, targets=("qkv", "down"))
@@ -115,7 +116,7 @@ def test_reference_passes_padding_and_rows_on():
     expected = build().predict(canvas(), attend=attend, positions=positions)
     module = adapted()
     train(module)
-    got = reference(module).predict(canvas(), attend=attend, positions=positions)
+    got = denoiser(reference(module)).predict(canvas(), attend=attend, positions=positions)
     assert torch.equal(got, expected)
 
 
@@ -124,7 +125,7 @@ def test_asking_the_reference_between_forward_and_backward_leaves_the_gradient_a
     module, plain = adapted(), adapted()
     train(module)
     train(plain)
-    ref = reference(module)
+    ref = denoiser(reference(module))
     loss = module.predict(canvas())[..., 0].sum()
     logits_ref = ref.predict(canvas())
     assert not logits_ref.requires_grad
@@ -146,7 +147,7 @@ def test_adapters_come_back_on_when_the_reference_raises():
     train(module)
     before = module.predict(canvas())
     with pytest.raises(ValueError, match="canvas of"):
-        reference(module).predict(torch.zeros(1, L + 1, dtype=torch.long))
+        denoiser(reference(module)).predict(torch.zeros(1, L + 1, dtype=torch.long))
     assert torch.equal(module.predict(canvas()), before)
 
 
@@ -209,7 +210,7 @@ def test_missing_peft_says_what_to_install(monkeypatch):
 
 def test_reference_needs_a_denoiser():
     """A plain module has no predict."""
-    with pytest.raises(ValueError, match="Linear is not a Denoiser"):
+    with pytest.raises(ValueError, match="Linear is no Denoiser .*predict.* and no ScoreNetwork"):
         reference(nn.Linear(2, 2))
 
 

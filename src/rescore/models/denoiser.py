@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+
+from rescore.processes.convert import score_from_log_probs
+from rescore.processes.ctmc import Absorbing, Process
+from rescore.processes.masked import token_log_probs
 
 
 @runtime_checkable
@@ -47,6 +53,61 @@ class Denoiser(Protocol):
         ...
 
 
+@runtime_checkable
+class ScoreNetwork(Protocol):
+    """A network that predicts concrete scores, for processes in continuous time.
+
+    Any object with these two members serves; nothing has to be subclassed.
+    """
+
+    @property
+    def process(self) -> Process:
+        """The forward process of one token whose ratios are predicted."""
+        ...
+
+    def log_score(
+        self,
+        x_t: Int[Tensor, "B L"],
+        total_noise: Float[Tensor, " B"],
+        *,
+        attend: Bool[Tensor, "B L"] | None = None,
+    ) -> Float[Tensor, "B L S"]:
+        """log s_{l, v} = log p_t(x_t with token l replaced by v) - log p_t(x_t).
+
+        Args:
+            x_t: the state.
+            total_noise: integral of the noise rate up to t.
+            attend: False at padding, which must not influence any other position.
+
+        Returns:
+            Log-scores over the S states of a token; the entry at ``x_t`` itself is 0.
+        """
+        ...
+
+
+@runtime_checkable
+class KnownLikelihood(Protocol):
+    """A network that knows the probability of a finished sample, as small energy models do."""
+
+    def log_likelihood(self, x_0: Int[Tensor, "B L"]) -> Float[Tensor, " B"]:
+        """log pi(x_0), nats."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig(abc.ABC):
+    """The shape of a network that the project can train from nothing."""
+
+    vocab_size: int
+    """V: ordinary tokens, without the mask."""
+    length: int
+    """The longest canvas."""
+
+    @abc.abstractmethod
+    def network(self, generator: torch.Generator) -> nn.Module:
+        """A ``Denoiser`` or ``ScoreNetwork`` with initial weights from this CPU generator."""
+
+
 @dataclass
 class Counted:
     """A denoiser that counts its network rows: canvases that went through the network."""
@@ -73,3 +134,51 @@ class Counted:
         logits = self.network.predict(x_t, attend=attend, positions=positions)
         self.rows += len(x_t)
         return logits
+
+
+@dataclass
+class CountedScores:
+    """A score network that counts its rows: states that went through the network."""
+
+    network: ScoreNetwork
+    rows: int = 0
+
+    @property
+    def process(self) -> Process:
+        return self.network.process
+
+    def log_score(
+        self,
+        x_t: Int[Tensor, "B L"],
+        total_noise: Float[Tensor, " B"],
+        *,
+        attend: Bool[Tensor, "B L"] | None = None,
+    ) -> Float[Tensor, "B L S"]:
+        """Pass the call on and count its rows."""
+        log_score = self.network.log_score(x_t, total_noise, attend=attend)
+        self.rows += len(x_t)
+        return log_score
+
+
+@dataclass(frozen=True)
+class SubsScores:
+    """The concrete scores that a masked denoiser implies; see ``score_from_log_probs``."""
+
+    network: Denoiser
+
+    @property
+    def process(self) -> Absorbing:
+        n_tokens, mask_id = self.network.vocab_size, self.network.mask_id
+        return Absorbing(max(n_tokens, mask_id + 1), mask_id)
+
+    def log_score(
+        self,
+        x_t: Int[Tensor, "B L"],
+        total_noise: Float[Tensor, " B"],
+        *,
+        attend: Bool[Tensor, "B L"] | None = None,
+    ) -> Float[Tensor, "B L S"]:
+        """log s at ``x_t``; only its masked positions depend on the network."""
+        log_p = token_log_probs(self.network.predict(x_t, attend=attend))
+        process = self.process
+        return score_from_log_probs(log_p, x_t, total_noise, process.mask_id, process.n_states)

@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from rescore.models.denoiser import Denoiser
+from rescore.models.denoiser import Denoiser, ScoreNetwork
+from rescore.processes.ctmc import Process
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -80,20 +81,25 @@ def has_adapters(module: nn.Module) -> bool:
     return any(".lora_A." in name for name, _ in module.named_parameters())
 
 
-def reference(module: nn.Module) -> Denoiser:
+def reference(module: nn.Module) -> Denoiser | ScoreNetwork:
     """The policy before fine-tuning, frozen: call it before the first update.
 
     With adapters it is the same network with the adapters off, which costs no memory; without
     them, a copy.
 
     Raises:
-        ValueError: the module is not a ``Denoiser``.
+        ValueError: the module is neither a ``Denoiser`` nor a ``ScoreNetwork``.
     """
-    if not isinstance(module, Denoiser):
+    if not isinstance(module, Denoiser | ScoreNetwork):
         raise ValueError(
-            f"{type(module).__name__} is not a Denoiser; it needs vocab_size, mask_id and predict()"
+            f"{type(module).__name__} is no Denoiser (vocab_size, mask_id and predict()) and no "
+            f"ScoreNetwork (process and log_score())"
         )
-    return WithoutAdapters(module) if has_adapters(module) else frozen_copy(module)
+    if not has_adapters(module):
+        return frozen_copy(module)
+    if isinstance(module, ScoreNetwork):
+        return ScoresWithoutAdapters(module)
+    return WithoutAdapters(module)
 
 
 def frozen_copy(module: M) -> M:
@@ -101,19 +107,31 @@ def frozen_copy(module: M) -> M:
     return copy.deepcopy(module).requires_grad_(False)
 
 
+@contextmanager
+def adapters_off(module: nn.Module) -> Iterator[None]:
+    """Inside the block the network is as it was before ``add_lora``; for one thread at a time."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
 class WithoutAdapters:
     """A view of a network with LoRA as it was before ``add_lora``: a ``Denoiser`` without weights.
 
-    The adapters are off during ``predict`` only, so one thread at a time may use the network.
+    No gradient flows through its logits.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
         if not isinstance(module, Denoiser):
             raise ValueError(f"{type(module).__name__} is not a Denoiser")
         self._network = module
-        self._layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
 
     @property
     def vocab_size(self) -> int:
@@ -132,14 +150,34 @@ class WithoutAdapters:
         attend: Bool[Tensor, "B L"] | None = None,
         positions: Int[Tensor, "B R"] | None = None,
     ) -> Float[Tensor, "B R V"]:
-        """Logits of the network without its adapters; no gradient flows through them."""
-        for layer in self._layers:
-            layer.enable_adapters(False)
-        try:
+        """Logits of the network without its adapters."""
+        with adapters_off(self._network):
             return self._network.predict(x_t, attend=attend, positions=positions)
-        finally:
-            for layer in self._layers:
-                layer.enable_adapters(True)
+
+
+class ScoresWithoutAdapters:
+    """The same view of a ``ScoreNetwork``."""
+
+    def __init__(self, module: nn.Module) -> None:
+        if not isinstance(module, ScoreNetwork):
+            raise ValueError(f"{type(module).__name__} is not a ScoreNetwork")
+        self._network = module
+
+    @property
+    def process(self) -> Process:
+        """Of the network."""
+        return self._network.process
+
+    def log_score(
+        self,
+        x_t: Int[Tensor, "B L"],
+        total_noise: Float[Tensor, " B"],
+        *,
+        attend: Bool[Tensor, "B L"] | None = None,
+    ) -> Float[Tensor, "B L S"]:
+        """Log-scores of the network without its adapters."""
+        with adapters_off(self._network):
+            return self._network.log_score(x_t, total_noise, attend=attend)
 
 
 def trainable_state(module: nn.Module) -> dict[str, Tensor]:

@@ -10,12 +10,12 @@ what they learn from the texts they are given.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rescore.models.language import native_class
 from rescore.models.layouts import layout_of
@@ -94,6 +94,57 @@ def write_miniature(
     return folder
 
 
+def write_gpt2_tokenizer(folder: str | Path, texts: Sequence[str] = ()) -> int:
+    """Write a byte-level tokenizer of GPT-2's class: one special token, the last, and no mask.
+
+    Args:
+        folder: where to; made if it is not there.
+        texts: what it learns its merges from.
+
+    Returns:
+        The number of its tokens.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    end = "<|endoftext|>"
+    tokens, merges = _merges(texts)
+    _write_byte_pairs(folder, {**tokens, end: len(tokens)}, merges)
+    described = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
+    _write_json(
+        folder / "tokenizer_config.json",
+        {**described, "bos_token": end, "eos_token": end, "unk_token": end},
+    )
+    return len(tokens) + 1
+
+
+def write_tiny_classifier(
+    folder: str | Path, *, seed: int, texts: Sequence[str] = (), window: int = 8192
+) -> Path:
+    """Write a ModernBERT with one output, a reward model of transformers, with its tokenizer.
+
+    Args:
+        folder: where to; made if it is not there.
+        seed: of the weights.
+        texts: what the tokenizer learns its merges from.
+        window: the most positions it takes.
+
+    Returns:
+        The folder.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = _modernbert_config(_write_tokenizer(folder, "masked_lm", texts), window)
+    config["architectures"] = ["ModernBertForSequenceClassification"]
+    config["id2label"] = {"0": "reward"}
+    _write_json(folder / "config.json", config)
+    with torch.device("meta"):
+        network = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(folder))
+    _write_random(folder, network, seed)
+    return folder
+
+
 def _write_json(file: Path, content: Any) -> None:
     file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
@@ -120,6 +171,15 @@ def _merges(texts: Sequence[str]) -> tuple[dict[str, int], list[tuple[str, str]]
     return learned["vocab"], [(left, right) for left, right in learned["merges"]]
 
 
+def _write_byte_pairs(
+    folder: Path, tokens: dict[str, int], merges: Sequence[tuple[str, str]]
+) -> None:
+    """Tokens and merges in the two files of GPT-2."""
+    _write_json(folder / "vocab.json", tokens)
+    lines = "".join(f"{left} {right}\n" for left, right in merges)
+    (folder / "merges.txt").write_text("#version: 0.2\n" + lines)
+
+
 def _write_tokenizer(folder: Path, family: Family, texts: Sequence[str]) -> dict[str, int]:
     """The files of a byte-level tokenizer; returns its tokens by name."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -130,9 +190,7 @@ def _write_tokenizer(folder: Path, family: Family, texts: Sequence[str]) -> dict
     described["clean_up_tokenization_spaces"] = False
     numbers = {token: len(tokens) + i for i, token in enumerate(special)}
     if family == "dream":
-        _write_json(folder / "vocab.json", tokens)
-        lines = "".join(f"{left} {right}\n" for left, right in merges)
-        (folder / "merges.txt").write_text("#version: 0.2\n" + lines)
+        _write_byte_pairs(folder, tokens, merges)
         described |= {
             "tokenizer_class": "DreamTokenizer",
             "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
@@ -152,6 +210,8 @@ def _write_tokenizer(folder: Path, family: Family, texts: Sequence[str]) -> dict
         described["tokenizer_class"] = "PreTrainedTokenizerFast"
         if family == "llada":
             described["chat_template"] = LLADA_TURNS
+        else:
+            described["model_input_names"] = ["input_ids", "attention_mask"]
     _write_json(folder / "tokenizer_config.json", described)
     return tokens | numbers
 
@@ -242,8 +302,7 @@ def _modernbert_config(tokens: dict[str, int], window: int) -> dict[str, Any]:
 
 
 def _write_weights(folder: Path, config: dict[str, Any], seed: int) -> None:
-    """Draw every weight from one CPU generator and save them under their original names."""
-    from huggingface_hub import save_torch_state_dict
+    """The network of a configuration on disk, weights random, under their original names."""
     from transformers import AutoConfig
 
     layout = layout_of(config, str(folder))
@@ -253,6 +312,15 @@ def _write_weights(folder: Path, config: dict[str, Any], seed: int) -> None:
             network = kind(kind.config_class(**layout.native))
         else:
             network = kind.from_config(AutoConfig.from_pretrained(folder))
+    _write_random(folder, network, seed, layout.to_original)
+
+
+def _write_random(
+    folder: Path, network: nn.Module, seed: int, name_of: Callable[[str], str] = str
+) -> None:
+    """Draw every weight from one CPU generator and save them in two shards."""
+    from huggingface_hub import save_torch_state_dict
+
     generator = torch.Generator().manual_seed(seed)
     state: dict[str, Tensor] = {}
     for name, parameter in network.named_parameters():
@@ -261,6 +329,6 @@ def _write_weights(folder: Path, config: dict[str, Any], seed: int) -> None:
             value = 0.1 * value + (1.0 if "norm" in name else 0.0)
         else:
             value = value * parameter.shape[1] ** -0.5
-        state[layout.to_original(name)] = value
+        state[name_of(name)] = value
     size = sum(value.numel() * value.element_size() for value in state.values())
     save_torch_state_dict(state, folder, max_shard_size=int(0.7 * size))

@@ -18,15 +18,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from rescore.models.denoiser import NetworkConfig
+
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerConfig:
-    """The shape of a ``Transformer``."""
+class TransformerConfig(NetworkConfig):
+    """The shape of a ``Transformer``; ordinary tokens are 0 ... V - 1, the mask token is V."""
 
-    vocab_size: int
-    """V: ordinary tokens 0 ... V - 1; the mask token is V."""
-    length: int
-    """The longest canvas."""
     width: int = 64
     """D: features per position."""
     depth: int = 4
@@ -50,6 +48,9 @@ class TransformerConfig:
                 f"rotary positions rotate pairs of features: width / heads must be even, got "
                 f"{self.width} / {self.heads}"
             )
+
+    def network(self, generator: torch.Generator) -> Transformer:
+        return Transformer(self, generator=generator)
 
 
 class Transformer(nn.Module):
