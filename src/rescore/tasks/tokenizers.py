@@ -123,8 +123,9 @@ class PretrainedTokenizer(Tokenizer):
             if name in tokenizer.get_vocab():
                 return tokenizer.get_vocab()[name]
         raise ValueError(
-            f"the tokenizer of {self.path} has no mask token; use that of a masked model, or name "
-            f"the token under 'mask_token' in a copy of its tokenizer_config.json"
+            f"the tokenizer of {self.path} has no mask token; use that of a masked model, name the "
+            f"token under 'mask_token' in a copy of its tokenizer_config.json, or, for a model "
+            f"whose mask comes after all tokens (SEDD), make it an AppendedMask"
         )
 
     @property
@@ -170,6 +171,19 @@ class PretrainedTokenizer(Tokenizer):
     def symbol(self, token: int) -> str:
         """One token as text; a number in angle brackets for columns that have none."""
         return load_tokenizer(self.path).decode([token]) or f"<{token}>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppendedMask(PretrainedTokenizer):
+    """A pretrained tokenizer without a mask token, for a model that puts the mask after its tokens.
+
+    SEDD does so with the tokenizer of GPT-2.
+    """
+
+    @property
+    def mask_id(self) -> int:
+        """The number after the last token."""
+        return self.vocab_size
 
 
 @cache
