@@ -10,16 +10,22 @@ import typing
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import rescore.algorithms
 from rescore.algorithms.base import Algorithm
+from rescore.algorithms.sepo import Sepo
+from rescore.models.critics import critic_for
+from rescore.models.denoiser import SubsScores
 from rescore.models.tiny import MlpDenoiser
-from rescore.sampling.decoder import Decoder
-from rescore.sampling.policy import MaskedPolicy, Models
+from rescore.processes.ctmc import Uniform
+from rescore.processes.schedules import LogLinear
+from rescore.sampling.decoder import Decoder, RateDecoder
+from rescore.sampling.policy import MaskedPolicy, Models, Policy, RatePolicy
 from rescore.sampling.record import Record
 from rescore.sampling.rng import SampleRng
-from rescore.types import Credited, Prompts, Scored, Stage, Terms
+from rescore.types import Credited, MaskedTrajectory, Prompts, Scored, Stage, Terms
+from tiny import TableScores
 
 V, L, T, B = 3, 8, 8, 6
 RNG = SampleRng(3, torch.arange(B))
@@ -36,6 +42,10 @@ def algorithms() -> list[type[Algorithm]]:
     return [algorithm for algorithm in found if not inspect.isabstract(algorithm)]
 
 
+NEEDS = {"lam_schedule": {"lam": 0.5}}
+"""What a field has no effect without."""
+
+
 def variants() -> list[Algorithm]:
     """Every algorithm as it comes, and with each other choice of each field that lists some."""
     found = []
@@ -45,7 +55,8 @@ def variants() -> list[Algorithm]:
         for field in dataclasses.fields(kind):
             for choice in choices(hints[field.name]):
                 if choice != field.default:
-                    found.append(dataclasses.replace(kind(), **{field.name: choice}))
+                    changes = {field.name: choice, **NEEDS.get(field.name, {})}
+                    found.append(dataclasses.replace(kind(), **changes))
     return found
 
 
@@ -75,7 +86,42 @@ def policy(seed: int) -> MaskedPolicy:
     return MaskedPolicy(denoiser, Decoder(steps=T, blocks=2, temperature=0.7))
 
 
-OLD, NEW, REF = policy(0), policy(1), policy(2)
+def rate_policy(seed: int) -> RatePolicy:
+    decoder = RateDecoder(steps=T - 1, corrector_steps=1, noise=LogLinear(0.1))
+    return RatePolicy(TableScores(Uniform(V), L, seed=seed), decoder)
+
+
+def masked_rate_policy(seed: int) -> RatePolicy:
+    return dataclasses.replace(rate_policy(0), network=SubsScores(policy(seed).denoiser))
+
+
+Worlds = tuple[Policy, Policy, Policy]
+MASKED: Worlds = (policy(0), policy(1), policy(2))
+UNIFORM: Worlds = (rate_policy(0), rate_policy(1), rate_policy(2))
+MASKED_RATES: Worlds = (masked_rate_policy(0), masked_rate_policy(1), masked_rate_policy(2))
+
+
+def world(algorithm: Algorithm) -> Worlds:
+    """Old policy, new policy and reference of a kind that the method can use."""
+    if not isinstance(algorithm, Sepo):
+        return MASKED
+    return MASKED_RATES if algorithm.mode in ("elbo", "pseudo_likelihood") else UNIFORM
+
+
+def models_of(algorithm: Algorithm, policy: Policy) -> Models:
+    ref = world(algorithm)[2] if algorithm.uses_reference else None
+    critic = critic_for(prompts(), V + 1, 0) if algorithm.uses_critic else None
+    return Models(policy, ref, critic)
+
+
+def weights_of(policy: Policy) -> list[nn.Parameter]:
+    """The parameters of its network."""
+    network = policy.denoiser if isinstance(policy, MaskedPolicy) else None
+    if isinstance(policy, RatePolicy):
+        scores = policy.network
+        network = scores.network if isinstance(scores, SubsScores) else scores
+    assert isinstance(network, nn.Module)
+    return list(network.parameters())
 
 
 def prompts() -> Prompts:
@@ -92,31 +138,42 @@ def prompts() -> Prompts:
 
 
 def score(algorithm: Algorithm) -> Scored:
-    """Sample, select, reward at random, annotate."""
-    trajectory = OLD.sample(prompts(), algorithm.record, RNG)
-    models = Models(OLD, REF if algorithm.uses_reference else None)
+    """Sample, select, reward at random (also the completions, if there are any), annotate."""
+    old = world(algorithm)[0]
+    trajectory = old.sample(prompts(), algorithm.record, RNG)
+    models = models_of(algorithm, old)
+    algorithm.check_models(models)
     selected = algorithm.select(models, trajectory)
-    reward = torch.rand(B, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    scored = Scored(**selected.fields(), reward=reward, terms={"reward": reward})
-    return algorithm.annotate(models, scored)
+    generator = torch.Generator().manual_seed(5)
+    reward = torch.rand(B, generator=generator, dtype=torch.float64)
+    completion_terms = {}
+    if selected.completion is not None:
+        value = torch.rand(selected.step.shape, generator=generator, dtype=torch.float64)
+        completion_terms = {"reward": value}
+    scored = Scored(
+        **{**selected.fields(), "completion": None},
+        reward=reward,
+        terms={"reward": reward},
+        completion_terms=completion_terms,
+    )
+    return algorithm.annotate(models, scored, SampleRng(0, scored.trajectory.prompts.sample_id))
 
 
 def loss(algorithm: Algorithm, credited: Credited, pairs: Tensor) -> tuple[Tensor, Terms]:
     """The weighted sum that a micro-batch adds, and its terms."""
     actions = credited.actions(pairs)
-    models = Models(NEW, REF if algorithm.uses_reference else None)
-    terms = algorithm.loss(models, actions, RNG)
+    terms = algorithm.loss(models_of(algorithm, world(algorithm)[1]), actions, RNG)
     return (actions.weight * terms.loss).sum(), terms
 
 
 def gradient(algorithm: Algorithm, credited: Credited, pairs: Tensor, size: int) -> list[Tensor]:
     """The gradient accumulated over micro-batches of ``size`` pairs."""
-    assert isinstance(NEW.denoiser, MlpDenoiser)
-    weights = list(NEW.denoiser.parameters())
+    weights = weights_of(world(algorithm)[1])
     total = [torch.zeros_like(weight) for weight in weights]
     for part in pairs.split(size):
         value, _ = loss(algorithm, credited, part)
-        total = [t + g for t, g in zip(total, torch.autograd.grad(value, weights), strict=True)]
+        found = torch.autograd.grad(value, weights)
+        total = [t + g for t, g in zip(total, found, strict=True)]
     return total
 
 
@@ -184,18 +241,24 @@ def test_every_field_says_what_it_is(kind):
 @every_variant
 def test_the_stages_have_their_shapes(algorithm):
     """record -> select -> annotate -> credit -> loss on a tiny world; the numbers are finite."""
-    algorithm.check(OLD.decoder, 3, ["reward"])
+    old = world(algorithm)[0]
+    assert isinstance(old, MaskedPolicy | RatePolicy)
+    algorithm.check(old.decoder, 3, ["reward"])
     assert isinstance(algorithm.record, Record)
     scored = score(algorithm)
     assert scored.step.shape == scored.step_weight.shape
     assert scored.step.dtype == torch.long
-    assert bool(((scored.step >= 0) & (scored.step < T)).all())
+    assert scored.trajectory.n_steps == T
+    assert bool(((scored.step >= 0) & (scored.step <= T)).all())  # T: the finished sample
     assert bool((scored.step_weight >= 0).all()) and bool((scored.step_weight > 0).any(1).all())
     assert all(note.shape[:2] == scored.step.shape for note in scored.notes.values())
     credited = algorithm.credit(scored)
     assert isinstance(credited, Credited)
     assert credited.advantage.shape == credited.weight.shape == scored.step.shape
-    idle = credited.trajectory.revealed().gather(1, credited.step) == 0
+    path = credited.trajectory
+    acts = path.revealed() > 0 if isinstance(path, MaskedTrajectory) else path.acts()
+    finished = torch.ones(B, 1, dtype=torch.bool)
+    idle = ~torch.cat([acts, finished], 1).gather(1, credited.step)
     assert bool((credited.weight[idle | (credited.step_weight == 0)] == 0).all())
     assert bool((credited.weight >= 0).all())
     pairs = credited.pairs()
@@ -260,7 +323,7 @@ def test_the_loss_leaves_the_batch_alone(algorithm):
     credited = algorithm.credit(score(algorithm))
     before = tensors(credited)
     value, _ = loss(algorithm, credited, credited.pairs())
-    assert isinstance(REF.denoiser, MlpDenoiser)
-    reference = torch.autograd.grad(value, list(REF.denoiser.parameters()), allow_unused=True)
+    reference = weights_of(world(algorithm)[2])
+    reference = torch.autograd.grad(value, reference, allow_unused=True)
     assert all(g is None for g in reference)
     assert all(torch.equal(x, y) for x, y in zip(before, tensors(credited), strict=True))

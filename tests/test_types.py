@@ -14,6 +14,7 @@ from rescore.types import (
     Stage,
     joined,
 )
+from tiny import masked
 
 MASK = 9
 
@@ -81,20 +82,24 @@ def test_take_reaches_every_tensor():
         (torch.tensor([False, True, True]), [1, 2]),
     ):
         part = stage.take(index)
-        path, prompts = part.trajectory, part.trajectory.prompts
-        assert path.kept is not None and stage.trajectory.kept is not None
-        assert path.kept.completion is not None and stage.trajectory.kept.completion is not None
-        assert path.log_time is not None and stage.trajectory.log_time is not None
+        path, prompts, full = (
+            masked(part.trajectory),
+            part.trajectory.prompts,
+            masked(stage.trajectory),
+        )
+        assert path.kept is not None and full.kept is not None
+        assert path.kept.completion is not None and full.kept.completion is not None
+        assert path.log_time is not None and full.log_time is not None
         for taken, whole in (
             (part.reward, stage.reward),
             (part.terms["solved"], stage.terms["solved"]),
             (part.notes["log_prob_ref"], stage.notes["log_prob_ref"]),
-            (path.rank, stage.trajectory.rank),
+            (path.rank, full.rank),
             (part.completion_terms["solved"], stage.completion_terms["solved"]),
-            (path.log_time, stage.trajectory.log_time),
-            (path.kept.step, stage.trajectory.kept.step),
-            (path.kept.step_weight, stage.trajectory.kept.step_weight),
-            (path.kept.completion, stage.trajectory.kept.completion),
+            (path.log_time, full.log_time),
+            (path.kept.step, full.kept.step),
+            (path.kept.step_weight, full.kept.step_weight),
+            (path.kept.completion, full.kept.completion),
             (prompts.sample_id, stage.trajectory.prompts.sample_id),
             (prompts.info["answer"], stage.trajectory.prompts.info["answer"]),
         ):
@@ -130,8 +135,9 @@ def test_joined_is_the_inverse_of_splitting():
     ]
     for whole in (joined(parts), joined([stage])):
         assert isinstance(whole, Credited)
-        assert (whole.trajectory.max_revealed, whole.trajectory.max_candidates) == (2, 3)
-        assert whole.trajectory.entropy is None
+        path = masked(whole.trajectory)
+        assert (path.max_revealed, path.max_candidates) == (2, 3)
+        assert path.entropy is None
         before, after = tensors(stage), tensors(whole)
         assert len(before) == len(after) > 15
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

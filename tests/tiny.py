@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from rescore.algorithms.reinforce import Reinforce
+from rescore.models.denoiser import Denoiser, ScoreNetwork
 from rescore.models.tiny import MlpDenoiser
 from rescore.models.transformer import Transformer, TransformerConfig
+from rescore.processes.ctmc import Process
 from rescore.rewards.reward import Reward, RewardFunction
 from rescore.sampling.decoder import Decoder
+from rescore.sampling.policy import MaskedPolicy, Policy
 from rescore.tasks.task import Split, Task
 from rescore.training import checkpoint, log
 from rescore.training.base import Base
@@ -24,7 +27,7 @@ from rescore.training.optim import Optim
 from rescore.training.run import Evaluate, Run
 from rescore.training.session import build_base
 from rescore.training.world import World, accelerator_for, build
-from rescore.types import Examples, Prompts
+from rescore.types import Examples, MaskedTrajectory, Prompts, Trajectory
 
 V, L = 3, 3
 MASK = V
@@ -158,6 +161,49 @@ def tiny_world(run: Run) -> World:
     """What ``run`` is made of, before its first step."""
     accelerator = accelerator_for(run)
     return build(run, build_base(run, accelerator, lambda line: None), accelerator)
+
+
+class TableScores(nn.Module):
+    """Free log-scores for every state, in float64; their noise dependence is a second table.
+
+    Padding (``attend`` False) is read as token 0.
+    """
+
+    def __init__(self, process: Process, length: int, *, seed: int = 0) -> None:
+        super().__init__()
+        self.process = process
+        shape = (2, process.n_states**length, length, process.n_states)
+        generator = torch.Generator().manual_seed(seed)
+        self.table = nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64) / 2)
+
+    def log_score(
+        self, x_t: Tensor, total_noise: Tensor, *, attend: Tensor | None = None
+    ) -> Tensor:
+        """The rows of both tables at the state, read as a number, first position first."""
+        length = x_t.shape[1]
+        read = x_t if attend is None else torch.where(attend, x_t, 0)
+        state = (read * self.process.n_states ** torch.arange(length - 1, -1, -1)).sum(1)
+        level, slope = self.table[:, state]
+        log_score = level + slope * torch.tanh(total_noise.double())[:, None, None]
+        return log_score.scatter(-1, x_t[..., None], 0.0)
+
+
+def masked(path: Trajectory) -> MaskedTrajectory:
+    """The path of a masked process that it is."""
+    assert isinstance(path, MaskedTrajectory)
+    return path
+
+
+def masked_policy(policy: Policy | None) -> MaskedPolicy:
+    """The policy of a masked process that it is."""
+    assert isinstance(policy, MaskedPolicy)
+    return policy
+
+
+def denoiser(network: Denoiser | ScoreNetwork) -> Denoiser:
+    """The denoiser that it is."""
+    assert isinstance(network, Denoiser)
+    return network
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

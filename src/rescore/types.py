@@ -120,18 +120,36 @@ class Kept(Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedTrajectory(Stage):
+class Trajectory(Stage):
+    """A sampled path, in the form its process is stored in."""
+
+    prompts: Prompts
+    x_0: Int[Tensor, "B L"]
+    log_prob: Float[Tensor, "B T"]
+    """Log-probability of each step under the sampling policy, in the recorded score (nats)."""
+
+    @property
+    def n_steps(self) -> int:
+        return self.log_prob.shape[1]
+
+    def state(self, step: Int[Tensor, " B"], mask_id: int) -> Int[Tensor, "B L"]:
+        """The canvas before ``step``; after the last one where ``step`` is the number of steps."""
+        raise NotImplementedError
+
+    def acts(self) -> Bool[Tensor, "B T"]:
+        """Steps in which something is drawn."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedTrajectory(Trajectory):
     """A path of the masked process: the final tokens and one reveal rank per position.
 
     ``rank = step * L + place within the step`` where a token was revealed, -1 where it was given,
     so storage does not grow with the number of steps and any state is rebuilt by a comparison.
     """
 
-    prompts: Prompts
-    x_0: Int[Tensor, "B L"]
     rank: Int[Tensor, "B L"]
-    log_prob: Float[Tensor, "B T"]
-    """Log-probability of each step under the sampling policy, in the recorded score (nats)."""
     max_revealed: int
     """The most tokens a step reveals in any sample; how wide a table of revealed rows must be."""
     max_candidates: int
@@ -144,10 +162,6 @@ class MaskedTrajectory(Stage):
     kept: Kept | None = None
     """What was kept on the way down; None where nothing was asked for."""
 
-    @property
-    def n_steps(self) -> int:
-        return self.log_prob.shape[1]
-
     def step_of(self) -> Int[Tensor, "B L"]:
         """The step in which each position was revealed; -1 where it was given."""
         return torch.div(self.rank, self.x_0.shape[1], rounding_mode="floor")
@@ -156,6 +170,10 @@ class MaskedTrajectory(Stage):
         """The canvas before ``step``: revealed in an earlier step or given, else the mask token."""
         return torch.where(self.step_of() < step[:, None], self.x_0, mask_id)
 
+    def acts(self) -> Bool[Tensor, "B T"]:
+        """Steps that reveal at least one token."""
+        return self.revealed() > 0
+
     def revealed(self) -> Int[Tensor, "B T"]:
         """Number of tokens revealed in each step."""
         steps = torch.arange(self.n_steps, device=self.rank.device)
@@ -163,11 +181,41 @@ class MaskedTrajectory(Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RateTrajectory(Trajectory):
+    """A path of a process in continuous time: the final tokens, and the moves that were kept."""
+
+    step: Int[Tensor, "B M"]
+    """Numbers of the kept moves, ascending."""
+    before: Int[Tensor, "B M L"]
+    """The state before each kept move."""
+    after: Int[Tensor, "B M L"]
+    """The state after it."""
+
+    def state(self, step: Int[Tensor, " B"], mask_id: int) -> Int[Tensor, "B L"]:
+        """The state before a kept move, or x_0; ``mask_id`` plays no part."""
+        return torch.where(step[:, None] == self.n_steps, self.x_0, self._at(self.before, step))
+
+    def move(self, step: Int[Tensor, " B"]) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B L"]]:
+        """The states before and after a kept move."""
+        return self._at(self.before, step), self._at(self.after, step)
+
+    def acts(self) -> Bool[Tensor, "B T"]:
+        """Every step draws every editable token."""
+        editable = self.prompts.editable.any(1, keepdim=True)
+        return editable.expand(self.log_prob.shape)
+
+    def _at(self, states: Int[Tensor, "B M L"], step: Int[Tensor, " B"]) -> Int[Tensor, "B L"]:
+        column = (self.step == step[:, None]).to(torch.uint8).argmax(1)
+        return states[torch.arange(len(step), device=step.device), column]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Selected(Stage):
     """The steps an algorithm trains on, and what each counts for."""
 
-    trajectory: MaskedTrajectory
+    trajectory: Trajectory
     step: Int[Tensor, "B K"]
+    """Numbers of steps; the number of steps itself stands for the finished sample."""
     step_weight: Float[Tensor, "B K"]
     """Makes a sum over the K columns stand for a sum over all steps: 1, or 1 / (K q) for draws; 0
     in a column without a step."""
@@ -209,7 +257,6 @@ class Credited(Scored):
         return Actions(
             trajectory=self.trajectory.take(sample),
             step=step,
-            log_prob_old=self.trajectory.log_prob[sample, step],
             advantage=self.advantage[sample, column],
             weight=self.weight[sample, column],
             notes={name: note[sample, column] for name, note in self.notes.items()},
@@ -218,14 +265,18 @@ class Credited(Scored):
 
 @dataclass(frozen=True, kw_only=True)
 class Actions(Stage):
-    """A micro-batch: flat (sample, step) pairs, one network row each."""
+    """A micro-batch: flat (sample, step) pairs."""
 
-    trajectory: MaskedTrajectory
+    trajectory: Trajectory
     step: Int[Tensor, " N"]
-    log_prob_old: Float[Tensor, " N"]
     advantage: Float[Tensor, " N"]
     weight: Float[Tensor, " N"]
     notes: Mapping[str, Tensor]
+
+    @property
+    def log_prob_old(self) -> Float[Tensor, " N"]:
+        """Log-probability of each step under the sampling policy, as recorded (nats)."""
+        return self.trajectory.log_prob.gather(1, self.step[:, None]).squeeze(1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """EGSPO: which steps it takes, what each counts for, and its loss by hand."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,7 @@ from rescore.sampling.record import Score, Slots
 from rescore.sampling.rng import SampleRng
 from rescore.sampling.slots import evenly_spaced
 from rescore.types import Credited, MaskedTrajectory, Prompts, Scored, Selected
+from tiny import masked
 
 V, L, T, B = 3, 6, 5, 6
 REWARD = torch.tensor([1.0, 0.25, 0.4, 0.3, 0.3, 0.3], dtype=torch.float64)
@@ -72,7 +74,7 @@ def scored(algorithm: Egspo, reward: Tensor = REWARD) -> Scored:
         completion_terms = {name: torch.where(chosen, r, 0.0) for name, r in terms.items()}
     fields = {**selected.fields(), "completion": None}
     stage = Scored(**fields, reward=reward, terms={}, completion_terms=completion_terms)
-    return algorithm.annotate(MODELS, stage)
+    return algorithm.annotate(MODELS, stage, SampleRng(0, stage.trajectory.prompts.sample_id))
 
 
 def credited(algorithm: Egspo, reward: Tensor = REWARD) -> Credited:
@@ -132,7 +134,7 @@ def test_top_and_bottom_take_the_steps_of_extreme_entropy(selection, sign, lam):
     algorithm = Egspo(n_steps=4, selection=selection, lam=lam)
     trajectory = rollout(algorithm)
     selected = algorithm.select(MODELS, trajectory)
-    assert selected.trajectory.kept is None
+    assert masked(selected.trajectory).kept is None
     rows = zip(selected.step.tolist(), selected.step_weight.tolist(), strict=True)
     revealed, entropy = trajectory.revealed().tolist(), entropies(trajectory).tolist()
     for (row, weights), n, h in zip(rows, revealed, entropy, strict=True):
@@ -163,7 +165,7 @@ def test_all_takes_every_step_that_reveals_something():
     algorithm = Egspo(n_steps=1, selection="all")
     selected = algorithm.select(MODELS, rollout(algorithm))
     assert selected.step.tolist() == [list(range(T))] * B
-    active = selected.trajectory.revealed() > 0
+    active = masked(selected.trajectory).revealed() > 0
     assert torch.equal(selected.step_weight, active.double())
     assert selected.completion is None
 
@@ -173,21 +175,21 @@ def test_adaptive_takes_the_fewest_steps_that_cover_the_entropy(mass):
     """Each path has its own number of them."""
     algorithm = Egspo(selection="adaptive", mass=mass)
     selected = algorithm.select(MODELS, rollout(algorithm))
-    covered = covering_steps(entropies(selected.trajectory), mass)
+    covered = covering_steps(entropies(masked(selected.trajectory)), mass)
     assert torch.equal(selected.step_weight, covered.double())
     assert selected.step.tolist() == [list(range(T))] * B
     if mass == 1:
-        assert torch.equal(covered, selected.trajectory.revealed() > 0)
+        assert torch.equal(covered, masked(selected.trajectory).revealed() > 0)
     else:
-        assert 0 < int(covered.sum()) < int((selected.trajectory.revealed() > 0).sum())
+        assert 0 < int(covered.sum()) < int((masked(selected.trajectory).revealed() > 0).sum())
 
 
 def test_importance_draws_are_weighted_by_one_over_k_q():
     """q = (H + delta) / sum over the steps that reveal something; a draw weighs 1 / (K q)."""
     algorithm = Egspo(n_steps=4, selection="importance", delta=0.3)
     selected = algorithm.select(MODELS, rollout(algorithm))
-    active = selected.trajectory.revealed() > 0
-    q = torch.where(active, entropies(selected.trajectory) + 0.3, 0.0)
+    active = masked(selected.trajectory).revealed() > 0
+    q = torch.where(active, entropies(masked(selected.trajectory)) + 0.3, 0.0)
     q = q / q.sum(1, keepdim=True)
     drawn = q.gather(1, selected.step)
     assert bool((drawn > 0).all())
@@ -199,8 +201,8 @@ def test_importance_draws_follow_q_and_stand_for_the_sum_over_all_steps():
     algorithm = Egspo(n_steps=4000, selection="importance", delta=0.3)
     selected = algorithm.select(MODELS, rollout(algorithm))
     f = torch.tensor([1.0, -2.0, 0.5, 3.0, 1.5], dtype=torch.float64)
-    active = selected.trajectory.revealed() > 0
-    q = torch.where(active, entropies(selected.trajectory) + 0.3, 0.0)
+    active = masked(selected.trajectory).revealed() > 0
+    q = torch.where(active, entropies(masked(selected.trajectory)) + 0.3, 0.0)
     q = q / q.sum(1, keepdim=True)
     for b in range(B):
         count = torch.bincount(selected.step[b], minlength=T)
@@ -239,7 +241,8 @@ def test_what_completions_cost(selection):
     assert extra == (int(chosen.sum()) if selection == "adaptive" else 0)
     assert selected.completion is not None
     sample, column = chosen.nonzero().unbind(1)
-    asked = OLD.completions(selected.trajectory.take(sample), selected.step[sample, column])
+    paths = masked(selected.trajectory).take(sample)
+    asked = OLD.completions(paths, selected.step[sample, column])
     assert torch.equal(selected.completion[sample, column], asked)
     assert not torch.equal(asked, selected.trajectory.x_0[sample])
     assert selected_at_a_cost(replace(algorithm, lam=0.0))[2] == 0
@@ -383,7 +386,7 @@ def test_loss_by_hand(kl, aggregation):
     actions = stage.actions(stage.pairs())
     with torch.no_grad():
         terms = algorithm.loss(Models(NEW, REF), actions, RNG)
-        now = actions.trajectory.step_of() == actions.step[:, None]
+        now = masked(actions.trajectory).step_of() == actions.step[:, None]
         x_t = actions.trajectory.state(actions.step, V)
         log_new, log_old, log_ref = (
             (p.denoiser.predict(x_t) / 0.7).log_softmax(-1) for p in (NEW, OLD, REF)
@@ -421,7 +424,7 @@ def test_the_first_update_is_the_policy_gradient(aggregation):
     measured = torch.autograd.grad((actions.weight * terms.loss).sum(), weights)
     log_prob = OLD.transition(actions.trajectory, actions.step, Score()).log_prob
     if aggregation == "mean":
-        log_prob = log_prob / (actions.trajectory.step_of() == actions.step[:, None]).sum(1)
+        log_prob = log_prob / (masked(actions.trajectory).step_of() == actions.step[:, None]).sum(1)
     exact = torch.autograd.grad(-(actions.weight * actions.advantage * log_prob).sum(), weights)
     for a, b in zip(measured, exact, strict=True):
         torch.testing.assert_close(a, b)
@@ -510,6 +513,33 @@ def test_settings_that_cannot_work_are_refused(changes, message):
     """The message names the setting and what to use."""
     with pytest.raises(ValueError, match=message):
         Egspo(**{"n_steps": 2, **changes}).check(Decoder(steps=4), 4, TERMS)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "need"),
+    [
+        ("delta", 0.3, {"selection": "importance"}),
+        ("mass", 0.5, {"selection": "adaptive"}),
+        ("lam_schedule", "rising", {"lam": 0.5}),
+        ("normalise", False, {"lam": 0.5}),
+        ("completion_term", "ones", {"lam": 0.5}),
+        ("centre_completions", False, {"lam": 0.5}),
+    ],
+)
+def test_settings_without_effect_are_refused(name, value, need):
+    """The message names the setting and what would give it one; defaults are never refused."""
+    decoder, default = Decoder(steps=4), getattr(Egspo, name)
+    wanted = "lam above 0" if "lam" in need else f"selection='{need['selection']}'"
+    message = (
+        f"egspo: {name}={value!r} has no effect without {wanted}; set that, or leave {name} at "
+        f"{default!r}"
+    )
+    for selection in ("top", "uniform", "all"):
+        idle = Egspo(n_steps=2, selection=selection, **{name: value})
+        with pytest.raises(ValueError, match=re.escape(message)):
+            idle.check(decoder, 4, TERMS)
+        replace(idle, **need).check(decoder, 4, TERMS)
+        replace(idle, **{name: default}).check(decoder, 4, TERMS)
 
 
 def test_refusals_of_what_does_not_fit():

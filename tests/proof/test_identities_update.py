@@ -26,6 +26,7 @@ from rescore.sampling.policy import MaskedPolicy, Models
 from rescore.sampling.record import Record, Score, Slots
 from rescore.sampling.rng import SampleRng
 from rescore.types import Actions, Credited, MaskedTrajectory, Prompts, Scored, Terms
+from tiny import masked, masked_policy
 
 V, L, T, B = 3, 6, 4, 6
 ORDERS: tuple[Order, ...] = get_args(Order)
@@ -80,8 +81,9 @@ def rollout(algorithm: Egspo, policy: MaskedPolicy, given: Prompts) -> MaskedTra
 
 def credited(algorithm: Egspo, models: Models, given: Prompts, reward=reward_of) -> Credited:
     """From prompts to weighted steps, as the training loop does; padding earns nothing."""
-    algorithm.check(models.new.decoder, 3, ["reward"])
-    selected = algorithm.select(models, rollout(algorithm, models.new, given))
+    policy = masked_policy(models.new)
+    algorithm.check(policy.decoder, 3, ["reward"])
+    selected = algorithm.select(models, rollout(algorithm, policy, given))
     terms = {}
     if selected.completion is not None:
         terms["reward"] = reward(selected.completion[..., :L])
@@ -91,7 +93,7 @@ def credited(algorithm: Egspo, models: Models, given: Prompts, reward=reward_of)
         terms={},
         completion_terms=terms,
     )
-    return algorithm.credit(algorithm.annotate(models, scored))
+    return algorithm.credit(algorithm.annotate(models, scored, SampleRng(0, given.sample_id)))
 
 
 def loss_of(algorithm: Egspo, models: Models, actions: Actions) -> Terms:
@@ -119,13 +121,14 @@ def test_t10_clip_table(low, high, advantage):
     models = Models(MaskedPolicy(network, Decoder(steps=T, temperature=0.7)))
     stage = credited(algorithm, models, prompts())
     actions = stage.actions(stage.pairs())
+    path = actions.trajectory
     with torch.no_grad():
-        new = models.new.transition(actions.trajectory, actions.step, Score()).log_prob
+        new = models.new.transition(path, actions.step, Score()).log_prob
     near = 1e-3
     for rho in (0.2, 1 - low - near, 1 - low + near, 1.0, 1 + high - near, 1 + high + near, 4.0):
         shifted = replace(
             actions,
-            log_prob_old=actions.log_prob_old - math.log(rho),
+            trajectory=replace(path, log_prob=path.log_prob - math.log(rho)),
             advantage=torch.full_like(actions.advantage, advantage),
         )
         terms = loss_of(algorithm, models, shifted)
@@ -179,7 +182,8 @@ def test_t11_values_and_gradients_of_the_kl_estimators(kl, steps):
     selected = algorithm.select(models, path)
     nothing = torch.zeros(len(p), dtype=torch.float64)
     scored = Scored(**selected.fields(), reward=nothing, terms={})
-    stage = algorithm.credit(algorithm.annotate(models, scored))
+    rng = SampleRng(0, path.prompts.sample_id)
+    stage = algorithm.credit(algorithm.annotate(models, scored, rng))
     pairs = stage.pairs()
     assert len(pairs) == steps * len(p)
     value, backward = exact_divergence(new, ref, path, p, forward=False)
@@ -534,7 +538,7 @@ def test_h_padding_on_the_left_changes_nothing_where_positions_are_relative(orde
     tokens, editable = given.tokens.clone(), given.editable.clone()
     tokens[:3, 2], editable[:3, 2] = 1, False  # all positions of a blank canvas would tie
     stage = credited(STEPWISE, models, replace(given, tokens=tokens, editable=editable))
-    path, left, right = stage.trajectory, 2, 1
+    path, left, right = masked(stage.trajectory), 2, 1
     width = L + left + right
     rank = torch.where(path.rank >= 0, path.step_of() * width + path.rank % L, -1)
     log_time = path.log_time

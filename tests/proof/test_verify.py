@@ -21,7 +21,7 @@ from rescore.sampling.discrete import sample_masked
 from rescore.sampling.policy import MaskedPolicy, Models
 from rescore.sampling.record import Record, Score
 from rescore.sampling.rng import SampleRng, Stream
-from rescore.types import Credited, MaskedTrajectory, Scored, Selected
+from rescore.types import Credited, Scored, Selected, Trajectory
 
 SMALL = World(3, 3, 2, 1, "mlp")
 ALL_CASES = [case for algorithm in CASES.values() for case in algorithm()]
@@ -71,7 +71,7 @@ class MeanOverSteps(Reinforce):
 
 
 class UnweightedDraws(Egspo):
-    def select(self, models: Models, trajectory: MaskedTrajectory) -> Selected:
+    def select(self, models: Models, trajectory: Trajectory) -> Selected:
         selected = super().select(models, trajectory)
         return replace(selected, step_weight=torch.full_like(selected.step_weight, 2.0))
 

@@ -94,6 +94,42 @@ MUTATIONS: list[Mutation] = [
         test="tests/objectives/test_advantages.py::test_baselines_by_hand",
     ),
     Mutation(
+        name="completion added instead of subtracted",
+        file="rescore/objectives/advantages.py",
+        old="return own - centre(",
+        new="return own + centre(",
+        test="tests/objectives/test_advantages.py::test_stepwise_advantages_by_hand",
+    ),
+    Mutation(
+        name="worse than its completion is better",
+        file="rescore/objectives/advantages.py",
+        old="share * (spread - completion_reward)",
+        new="share * (completion_reward - spread)",
+        test="tests/objectives/test_advantages.py::test_stepwise_advantages_by_hand",
+    ),
+    Mutation(
+        name="unknown returns counted in the mean",
+        file="rescore/objectives/advantages.py",
+        old="index_add(0, group, known.double())",
+        new="index_add(0, group, torch.ones_like(value))",
+        test="tests/objectives/test_advantages.py::test_unknown_returns_take_no_part",
+    ),
+    Mutation(
+        name="missing completions centred as if they earned nothing",
+        file="rescore/objectives/advantages.py",
+        old="completion_reward, group, baseline, known)",
+        new="completion_reward, group, baseline)",
+        test="tests/objectives/test_advantages.py"
+        "::test_stepwise_advantages_sum_to_zero_in_each_group_and_column",
+    ),
+    Mutation(
+        name="adaptive selection stops one step early",
+        file="rescore/objectives/advantages.py",
+        old="before = value.cumsum(1) - value",
+        new="before = value.cumsum(1)",
+        test="tests/objectives/test_advantages.py::test_covering_steps_by_hand",
+    ),
+    Mutation(
         name="steps of lowest entropy selected",
         file="rescore/sampling/slots.py",
         old='entropy.double() if by == "top" else -entropy.double()',
@@ -108,11 +144,68 @@ MUTATIONS: list[Mutation] = [
         test="tests/algorithms/test_egspo.py::test_importance_draws_are_weighted_by_one_over_k_q",
     ),
     Mutation(
+        name="the later of tied steps kept",
+        file="rescore/sampling/slots.py",
+        old="better = key[:, None] > self.key.gather(1, worst)",
+        new="better = key[:, None] >= self.key.gather(1, worst)",
+        test="tests/sampling/test_slots.py::test_ties_go_to_the_earlier_step",
+    ),
+    Mutation(
+        name="the earlier of tied steps makes room",
+        file="rescore/sampling/slots.py",
+        old="torch.where(lowest, self.step, -2).argmax(1, keepdim=True)",
+        new="lowest.int().argmax(1, keepdim=True)",
+        test="tests/sampling/test_slots.py::test_ties_go_to_the_earlier_step",
+    ),
+    Mutation(
+        name="exchange with odds instead of a probability",
+        file="rescore/sampling/slots.py",
+        old="torch.stack([self.total, weight], -1)",
+        new="torch.stack([self.total + weight, weight], -1)",
+        test="tests/sampling/test_slots.py"
+        "::test_importance_draws_with_replacement_in_proportion_to_entropy_plus_delta[1]",
+    ),
+    Mutation(
+        name="importance by the entropy alone",
+        file="rescore/sampling/slots.py",
+        old="entropy + self.plan.delta",
+        new="entropy",
+        test="tests/sampling/test_slots.py"
+        "::test_importance_draws_with_replacement_in_proportion_to_entropy_plus_delta[1]",
+    ),
+    Mutation(
+        name="completion knows the tokens of its own step",
+        file="rescore/sampling/discrete.py",
+        old="            slots.offer(k, completion, entropy)\n",
+        new="            if completion is not None:\n"
+        "                guess = completion.gather(1, rows.position)\n"
+        "                drawn = torch.where(revealed, rows.token, guess)\n"
+        "                completion = completion.scatter(1, rows.position, drawn)\n"
+        "            slots.offer(k, completion, entropy)\n",
+        test="tests/sampling/test_slots.py"
+        "::test_completions_are_the_argmax_of_the_state_before_the_step",
+    ),
+    Mutation(
+        name="completion of the state after the step",
+        file="rescore/sampling/policy.py",
+        old="paths.state(step[rows], self.denoiser.mask_id)",
+        new="paths.state(step[rows] + 1, self.denoiser.mask_id)",
+        test="tests/sampling/test_slots.py"
+        "::test_completions_are_those_of_the_policy_at_the_kept_steps[top]",
+    ),
+    Mutation(
         name="KL rewarded instead of penalised",
         file="rescore/algorithms/egspo.py",
         old="terms.loss + self.beta * kl",
         new="terms.loss - self.beta * kl",
         test="tests/algorithms/test_egspo.py::test_loss_by_hand",
+    ),
+    Mutation(
+        name="lambda does not reach its last value",
+        file="rescore/algorithms/egspo.py",
+        old="lam = lam * (scored.step + 1)",
+        new="lam = lam * scored.step",
+        test="tests/algorithms/test_egspo.py::test_lambda_rises_with_the_step",
     ),
     Mutation(
         name="ties broken unlike the sampler",
@@ -128,9 +221,16 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         name="choice of positions not scored",
         file="rescore/sampling/discrete.py",
-        old='    elif decoder.order == "low_confidence":\n        log_prob = log_prob + masked',
-        new='    elif decoder.order == "nothing":\n        log_prob = log_prob + masked',
+        old='    if decoder.order == "low_confidence":',
+        new='    if decoder.order == "nothing":',
         test="tests/sampling/test_discrete.py::test_low_confidence_probabilities_are_those_of_the_samplers_own_rule[2-1.5]",
+    ),
+    Mutation(
+        name="choice of positions scored in full whatever its weight",
+        file="rescore/sampling/discrete.py",
+        old="score.selection_weight * selection.to(log_prob.dtype)",
+        new="selection.to(log_prob.dtype)",
+        test="tests/sampling/test_policy.py::test_selection_weight_lies_between_the_two_forms",
     ),
     Mutation(
         name="Plackett-Luce denominator does not shrink",
@@ -156,8 +256,8 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         name="old log-probability of a column, not of its step",
         file="rescore/types.py",
-        old="log_prob_old=self.trajectory.log_prob[sample, step]",
-        new="log_prob_old=self.trajectory.log_prob[sample, column]",
+        old="self.trajectory.log_prob.gather(1, self.step[:, None]).squeeze(1)",
+        new="self.trajectory.log_prob[:, 0]",
         test="tests/test_types.py::test_actions_pick_the_numbers_of_their_pair",
     ),
     Mutation(
@@ -180,6 +280,70 @@ MUTATIONS: list[Mutation] = [
         old="return (bits.double() + 0.5) * 2.0**-52",
         new="return ((bits.double() + 0.5) * 2.0**-52).bfloat16().double()",
         test="tests/sampling/test_rng.py::test_a_diffuse_tail_is_drawn_with_its_mass",
+    ),
+    Mutation(
+        name="guidance without the one in 1 + w",
+        file="rescore/models/language.py",
+        old="torch.lerp(unconditional, conditional, 1 + self.guidance)",
+        new="torch.lerp(unconditional, conditional, self.guidance)",
+        test="tests/models/test_language.py::test_guidance_is_its_formula[llada]",
+    ),
+    Mutation(
+        name="Dream's logits not shifted",
+        file="rescore/models/layouts.py",
+        old='return self.family == "dream"',
+        new="return False",
+        test="tests/models/test_language.py::test_logits_are_those_of_the_architecture_written_out",
+    ),
+    Mutation(
+        name="adapters merged without their scale",
+        file="rescore/models/language_files.py",
+        old='layer.get_delta_weight("default")',
+        new='layer.get_delta_weight("default") / layer.scaling["default"]',
+        test="tests/models/test_language.py"
+        "::test_merged_weights_take_the_place_of_the_original[llada]",
+    ),
+    Mutation(
+        name="arithmetic in floats",
+        file="rescore/rewards/arithmetic.py",
+        old="return Fraction(value)",
+        new="return float(value)",
+        test="tests/rewards/test_arithmetic.py::test_expressions_by_hand",
+    ),
+    Mutation(
+        name="operations that are not understood accepted",
+        file="rescore/rewards/arithmetic.py",
+        old="            _check(right, text)\n",
+        new="",
+        test="tests/rewards/test_arithmetic.py::test_what_is_no_expression_is_refused",
+    ),
+    Mutation(
+        name="first answer block instead of the last",
+        file="rescore/rewards/answers.py",
+        old='close = text.rfind("</answer>")',
+        new='close = text.find("</answer>")',
+        test="tests/rewards/test_answers.py::test_the_last_answer_block_is_the_answer",
+    ),
+    Mutation(
+        name="first box instead of the last",
+        file="rescore/rewards/answers.py",
+        old="reversed(list(_BOX.finditer(text)))",
+        new="_BOX.finditer(text)",
+        test="tests/rewards/test_answers.py::test_the_last_balanced_box_is_found",
+    ),
+    Mutation(
+        name="judged once, and credited to another sample",
+        file="rescore/training/rollout.py",
+        old="row, number = row[order], order.argsort()[number]",
+        new="row, number = row[order], order[number]",
+        test="tests/training/test_rollout.py::test_scores_land_where_they_belong",
+    ),
+    Mutation(
+        name="equal outputs of different groups judged once",
+        file="rescore/training/rollout.py",
+        old="torch.cat([group, outputs], 1)",
+        new="torch.cat([group * 0, outputs], 1)",
+        test="tests/training/test_rollout.py::test_scores_land_where_they_belong",
     ),
     Mutation(
         name="loss averaged over the micro-batch",
@@ -221,9 +385,9 @@ MUTATIONS: list[Mutation] = [
 ]
 
 
-def run_test(source: Path, test: str) -> subprocess.CompletedProcess[str]:
-    """Run one test against the package in ``source``."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", test]
+def run_tests(source: Path, *tests: str) -> subprocess.CompletedProcess[str]:
+    """Run tests against the package in ``source``, up to the first that fails."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     environment = os.environ | {"PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
@@ -245,7 +409,7 @@ def test_a_classic_mistake_is_caught(mutation: Mutation, source: Path):
     text = path.read_text()
     assert text.count(mutation.old) == 1, f"{mutation.old!r} must occur once in {mutation.file}"
     path.write_text(text.replace(mutation.old, mutation.new))
-    result = run_test(source, mutation.test)
+    result = run_tests(source, mutation.test)
     assert result.returncode == 1, f"the mistake survived {mutation.test}:\n{result.stdout}"
     assert " failed" in result.stdout, result.stdout
 
@@ -257,6 +421,6 @@ def test_the_named_tests_pass_without_a_mistake(source: Path):
     environment = os.environ | {"PYTHONPATH": str(source)}
     found = subprocess.run(where, env=environment, capture_output=True, text=True, check=True)
     assert found.stdout.startswith(str(source))
-    for test in sorted({mutation.test for mutation in MUTATIONS}):
-        result = run_test(source, test)
-        assert result.returncode == 0, result.stdout
+    tests = sorted({mutation.test for mutation in MUTATIONS})
+    result = run_tests(source, *tests)
+    assert result.returncode == 0, result.stdout

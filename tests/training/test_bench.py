@@ -12,7 +12,7 @@ from rescore.algorithms.egspo import Egspo
 from rescore.models.finetune import Lora
 from rescore.training.bench import Recorder, measure, print_rows
 from rescore.training.optim import Optim
-from tiny import TransformerBase, tiny_run, tiny_world
+from tiny import TransformerBase, masked_policy, tiny_run, tiny_world
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a_run_that_cannot_work_is_refused():
 
 def test_the_recorder_passes_calls_on_and_notes_them():
     """Same logits; whether gradients were on, and the inputs."""
-    network = tiny_world(tiny_run()).models.new.denoiser
+    network = masked_policy(tiny_world(tiny_run()).models.new).denoiser
     recorder = Recorder(network)
     x_t = tiny_run().task.prompts("train", torch.arange(5)).tokens
     positions = torch.zeros(5, 1, dtype=torch.long)
@@ -74,10 +74,12 @@ def test_the_recorder_passes_calls_on_and_notes_them():
             recorder.predict(x_t, positions=positions), network.predict(x_t, positions=positions)
         )
     recorder.predict(x_t)
-    assert [call[0] for call in recorder.calls] == [False, True]
-    assert all(call[1] is x_t for call in recorder.calls)
-    assert recorder.calls[0][3] is positions
-    assert sum(len(call.x_t) for call in recorder.calls) == 10
+    assert [call.grad for call in recorder.calls] == [False, True]
+    assert all(call.method == "predict" for call in recorder.calls)
+    assert all(len(call.inputs) == 1 and call.inputs[0] is x_t for call in recorder.calls)
+    assert recorder.calls[0].options["positions"] is positions
+    assert recorder.calls[1].options.get("positions") is None
+    assert sum(len(call.inputs[0]) for call in recorder.calls) == 10
     assert (recorder.vocab_size, recorder.mask_id) == (network.vocab_size, network.mask_id)
 
 

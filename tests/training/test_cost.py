@@ -12,13 +12,13 @@ from torch import Tensor
 from rescore.algorithms.egspo import Egspo
 from rescore.algorithms.reinforce import Reinforce
 from rescore.models.denoiser import Denoiser
-from rescore.sampling.policy import Models
+from rescore.sampling.policy import MaskedPolicy, Models, Policy
 from rescore.training.optim import Optim
 from rescore.training.rollout import rollout
 from rescore.training.run import Run
 from rescore.training.update import update
 from rescore.training.world import World
-from tiny import tiny_run, tiny_world
+from tiny import masked_policy, tiny_run, tiny_world
 
 B, T, K = 16, 3, 2
 SA = {"lam": 0.5}
@@ -90,14 +90,19 @@ class Cramped:
         return self.network.predict(x_t, attend=attend, positions=positions)
 
 
+def cramped(policy: Policy, room: int) -> MaskedPolicy:
+    """The policy on such a device."""
+    own = masked_policy(policy)
+    return replace(own, denoiser=Cramped(own.denoiser, room))
+
+
 def weights_after(run: Run, room: int | None) -> tuple[Tensor, dict[str, float]]:
     """Parameters and metrics after one step with room for so many rows."""
     world: World = tiny_world(run)
     if room is not None:
-        new = replace(world.models.new, denoiser=Cramped(world.models.new.denoiser, room))
+        new = cramped(world.models.new, room)
         ref = world.models.ref
-        ref = ref and replace(ref, denoiser=Cramped(ref.denoiser, room))
-        world.models = Models(new=new, ref=ref)
+        world.models = Models(new=new, ref=None if ref is None else cramped(ref, room))
     scored, _ = rollout(world, 0)
     metrics = update(world, run.algorithm.credit(scored), 0)
     return torch.cat([p.detach().flatten() for p in world.module.parameters()]), metrics

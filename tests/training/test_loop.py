@@ -192,8 +192,8 @@ def test_another_network_can_be_evaluated_in_its_place():
     run = tiny_run(ema=0.8, seed=1)
     world, other = tiny_world(tiny_run(seed=2)), tiny_world(run)
     expected = evaluate_split(tiny_world(tiny_run(seed=1)), "test", 6)
-    found = evaluate_split(other, "test", 6, network=world.models.new.denoiser)
-    same = evaluate_split(other, "test", 6, network=tiny_world(run).models.new.denoiser)
+    found = evaluate_split(other, "test", 6, policy=world.models.new)
+    same = evaluate_split(other, "test", 6, policy=tiny_world(run).models.new)
     assert torch.equal(same["matches"], expected["matches"])
     assert not torch.equal(found["matches"], expected["matches"])
 

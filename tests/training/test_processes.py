@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +25,9 @@ from rescore.algorithms.egspo import Egspo
 from rescore.models.tiny import MlpDenoiser
 from rescore.models.transformer import TransformerConfig
 from rescore.rewards.reward import RewardError
+from rescore.rewards.text import FACTS, Facts, TextFunction, unpack
 from rescore.sampling.decoder import Decoder
+from rescore.tasks.countdown import Countdown
 from rescore.tasks.sudoku import Sudoku
 from rescore.tasks.task import Task
 from rescore.training import checkpoint
@@ -109,6 +111,50 @@ SUDOKU = replace(
 )
 
 
+def familiar(texts: Sequence[str], facts: Sequence[Facts]) -> list[float]:
+    """The share of characters that occur in the gold completion of their own problem."""
+    pairs = zip(texts, facts, strict=True)
+    return [sum(c in fact["gold"] for c in text) / max(len(text), 1) for text, fact in pairs]
+
+
+def digits(texts: Sequence[str], facts: Sequence[Facts]) -> list[float]:
+    """The share of digits."""
+    return [sum(map(str.isdigit, text)) / max(len(text), 1) for text in texts]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Characterful(Countdown):
+    """Countdown with rewards that random weights earn a part of."""
+
+    @property
+    def functions(self) -> Mapping[str, TextFunction]:
+        return {"familiar": familiar, "digits": digits}
+
+    @property
+    def default_weights(self) -> Mapping[str, float]:
+        return {"familiar": 1.0, "digits": 0.25}
+
+
+COUNTDOWN = Characterful.bare(
+    count=2, targets=(1, 30), pool=20, validation_pool=6, test_pool=6, seed=5
+)
+TEXT = replace(
+    TINY,
+    task=COUNTDOWN,
+    base=TransformerBase(
+        config=TransformerConfig(
+            vocab_size=COUNTDOWN.vocab_size, length=COUNTDOWN.length, width=16, depth=1, heads=2
+        )
+    ),
+    decoder=Decoder(steps=4),
+    algorithm=Egspo(n_steps=2, lam=0.5, beta=0.05),
+)
+"""Facts travel as bytes, and completions are judged."""
+
+ADAPTIVE = replace(TINY, algorithm=Egspo(selection="adaptive", lam=0.5, beta=0.05))
+"""Samples train on different numbers of steps, whose completions are asked for afterwards."""
+
+
 def weights(world: World) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in world.module.named_parameters()}
 
@@ -130,7 +176,11 @@ def first_update(run: Run, change: Callable[[Credited], Credited]) -> dict[str, 
         "log_prob": scored.trajectory.log_prob,
         "x_0": scored.trajectory.x_0,
         "reward": scored.reward,
-        "probe": torch.tensor(probe(tiny_world(run), scored)),
+        "step": scored.step.contiguous(),
+        "step_weight": scored.step_weight,
+        **{f"completion/{name}": value for name, value in scored.completion_terms.items()},
+        **{f"info/{name}": value for name, value in scored.trajectory.prompts.info.items()},
+        "probe": torch.tensor(probe(tiny_world(run), run.algorithm.credit(scored))),
         "skipped": torch.tensor(world.updater.counts.skipped),
         **{f"metric/{name}": torch.tensor(value) for name, value in metrics.items()},
         **gradient,
@@ -178,6 +228,15 @@ def interrupts_at_the_end(outputs: Tensor, prompts: Prompts) -> Tensor:
     return matches(outputs, prompts)
 
 
+def trained(run: Run, out: Path) -> dict[str, Tensor]:
+    """The weights after a whole run of 20 updates, and the reward terms they earn."""
+    out.mkdir(exist_ok=True)
+    world = tiny_world(run)
+    train(world, out, Console("", run.steps, enabled=False))
+    assert world.updater.counts.done == 20
+    return {**weights(world), **evaluate_split(world, "validation", 5)}
+
+
 def stopped(run: Run, out: Path, error: type[Exception]) -> Tensor:
     """The steps done and saved by a run that ends with an error."""
     out.mkdir(exist_ok=True)
@@ -205,13 +264,12 @@ def on_every_process(out: Path) -> dict[str, Tensor]:
         "mini-batches": first_update(
             replace(TINY, optim=replace(TINY.optim, mini_batches=8)), lambda c: keep(9, c)
         ),
+        "text": first_update(TEXT, lambda credited: credited),
+        "adaptive": first_update(ADAPTIVE, lambda credited: credited),
+        "tiny": trained(TINY, out / "tiny"),
+        "text run": trained(TEXT, out / "text"),
+        "adaptive run": trained(ADAPTIVE, out / "adaptive"),
     }
-    world = tiny_world(TINY)
-    (out / "tiny").mkdir(exist_ok=True)
-    train(world, out / "tiny", Console("", TINY.steps, enabled=False))
-    found["tiny"] = weights(world)
-    found["split"] = evaluate_split(world, "validation", 5)
-    assert world.updater.counts.done == 20
     for name, reward, error in (
         ("broken", broken_at_the_end, RewardError),
         ("interrupted", interrupts_at_the_end, Interrupted),
@@ -241,7 +299,8 @@ def found(one_and_two: tuple[Path, Path]) -> list[dict[str, Tensor]]:
     return [safetensors.torch.load_file(file) for file in files]
 
 
-EXACT = ("odd", "one", "none", "spoiled", "spare", "one side", "mini-batches", "tiny", "split")
+EXACT = ("odd", "one", "none", "spoiled", "spare", "one side", "mini-batches", "text", "adaptive")
+RUNS = ("tiny", "text run", "adaptive run")
 
 
 def of(case: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -252,7 +311,7 @@ def of(case: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("case", EXACT)
+@pytest.mark.parametrize("case", [*EXACT, *RUNS])
 def test_two_processes_equal_one_in_float64(case, found):
     """Whole runs of 20 updates, and updates whose pairs cannot be shared evenly, to 1e-10."""
     one, first, second = (of(case, tensors) for tensors in found)
@@ -294,6 +353,21 @@ def test_the_cases_are_what_they_say(found):
     assert [int(one[f"{case}/skipped"]) for case in ("odd", "spoiled")] == [0, 1]
     assert one["one side/metric/gradient_norm"] > 0
     assert not torch.equal(one["spare/weight/spare"], torch.ones(2, dtype=torch.float64))
+
+
+def test_completions_and_facts_are_worth_gathering(found):
+    """Rewards and completions differ; the facts of the two halves differ in length."""
+    one = found[0]
+    facts = one[f"text/info/{FACTS}"]
+    width = [int((half != 0).any(0).sum()) for half in facts.chunk(2)]
+    assert width[0] != width[1] and max(width) == facts.shape[1]
+    assert len({fact["gold"] for fact in unpack(facts)}) == 4
+    for case, names in (("text", ("familiar", "digits")), ("adaptive", ("matches", "solved"))):
+        assert one[f"{case}/reward"].unique().numel() >= 4
+        for name in names:
+            assert one[f"{case}/completion/{name}"].unique().numel() > 1
+    trained_on = (one["adaptive/step_weight"] != 0).sum(1)
+    assert trained_on.unique().numel() > 1
 
 
 def test_the_files_of_two_processes_are_those_of_one(one_and_two):

@@ -30,8 +30,20 @@ from rescore.training.rollout import (
     rollout,
     score,
 )
-from rescore.types import Prompts, Scored, Selected
-from tiny import L, Match, MlpBase, TransformerBase, V, matches, solved, tiny_run, tiny_world
+from rescore.training.world import World
+from rescore.types import Credited, Prompts, Scored, Selected
+from tiny import (
+    L,
+    Match,
+    MlpBase,
+    TransformerBase,
+    V,
+    masked,
+    matches,
+    solved,
+    tiny_run,
+    tiny_world,
+)
 
 
 @pytest.mark.parametrize(("n", "size"), [(4, 15), (5, 15), (15, 15), (40, 15), (1, 1)])
@@ -104,6 +116,10 @@ class Fixed(Base):
         return self.spoil(MlpDenoiser(V, L, generator=torch.Generator().manual_seed(0)))
 
 
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
 class Dropped(MlpDenoiser):
     """Loses units at random, in evaluation mode too."""
 
@@ -129,11 +145,16 @@ class LateNoise(MlpDenoiser):
         return out + last[:, None, None] * torch.rand(out.shape)
 
 
-def spoiled(kind: type[MlpDenoiser], **changes) -> tuple[float, Scored]:
+def every_step(world: World) -> Credited:
+    """A rollout whose every step is trained on, whatever the rewards."""
+    credited = world.run.algorithm.credit(rollout(world, 0)[0])
+    return replace(credited, weight=torch.ones_like(credited.weight))
+
+
+def spoiled(kind: type[MlpDenoiser], **changes) -> float | None:
     base = Fixed(spoil=lambda _: kind(V, L, generator=torch.Generator().manual_seed(0)))
     world = tiny_world(tiny_run(base=base, **changes))
-    scored, _ = rollout(world, 0)
-    return probe(world, scored), scored
+    return probe(world, every_step(world))
 
 
 @pytest.mark.parametrize("kind", [Dropped, Mixed, LateNoise])
@@ -154,11 +175,11 @@ def test_the_probe_sees_every_step_of_large_batches(batch_size):
 def test_the_probe_stops_weights_that_are_not_finite():
     """NaN is not within any tolerance."""
     world = tiny_world(tiny_run())
-    scored, _ = rollout(world, 0)
+    credited = every_step(world)
     with torch.no_grad():
         next(world.module.parameters()).fill_(torch.nan)
     with pytest.raises(TrainingError, match="not finite"):
-        probe(world, scored)
+        probe(world, credited)
 
 
 @pytest.mark.parametrize("precision", ["float64", "float32", "bfloat16"])
@@ -176,23 +197,51 @@ def test_the_probe_passes_an_honest_network(precision, order, base):
                 algorithm=algorithm,
             )
         )
-        scored, _ = rollout(world, 0)
-        assert probe(world, scored) <= PROBE_TOLERANCE[precision][1]
+        credited = every_step(world)
+        gap = probe(world, credited)
+        assert gap is not None and gap <= PROBE_TOLERANCE[precision][1]
         dtype = torch.float64 if precision == "float64" else torch.float32
-        assert scored.trajectory.log_prob.dtype == scored.reward.dtype == dtype
+        assert credited.trajectory.log_prob.dtype == credited.reward.dtype == dtype
 
 
 def test_the_probe_is_zero_for_identical_shapes():
     """One step of 16 samples, replayed as one micro-batch of 16 rows."""
     world = tiny_world(tiny_run(decoder=Decoder(steps=1)))
-    scored, _ = rollout(world, 0)
-    assert probe(world, scored) == 0.0
+    credited = every_step(world)
+    assert len(credited.pairs()) == 16 <= world.run.optim.micro_batch
+    assert probe(world, credited) == 0.0
+
+
+def test_the_probe_waits_for_a_batch_with_something_to_train_on():
+    """Without a pair there is no ratio, and so no verdict."""
+    world = tiny_world(tiny_run(base=Fixed(spoil=lambda _: Dropped(V, L, generator=seeded()))))
+    credited = every_step(world)
+    nothing = replace(credited, weight=torch.zeros_like(credited.weight))
+    assert probe(world, nothing) is None
+    one = torch.zeros_like(credited.weight)
+    one[3, 1] = 0.5
+    with pytest.raises(TrainingError, match="replayed log-probabilities"):
+        probe(world, replace(credited, weight=one))
+
+
+@pytest.mark.parametrize("off", [0.1, -0.1])
+def test_the_probe_compares_with_what_was_recorded(off):
+    """It reports |log ratio|: one recorded step that is off stops the run, in either direction."""
+    world = tiny_world(tiny_run())
+    credited = every_step(world)
+    log_prob = credited.trajectory.log_prob.clone()
+    log_prob[3, 1] += off
+    shifted = replace(credited, trajectory=replace(credited.trajectory, log_prob=log_prob))
+    with pytest.raises(TrainingError, match="replayed log-probabilities"):
+        probe(world, shifted)
+    small = replace(credited.trajectory, log_prob=credited.trajectory.log_prob + 1e-13)
+    gap = probe(world, replace(credited, trajectory=small))
+    assert gap == pytest.approx(1e-13, rel=0.05)
 
 
 def test_the_probe_leaves_no_gradient():
     world = tiny_world(tiny_run())
-    scored, _ = rollout(world, 0)
-    probe(world, scored)
+    probe(world, every_step(world))
     assert all(p.grad is None for p in world.module.parameters())
 
 
@@ -379,7 +428,7 @@ def test_the_parts_of_a_rollout_change_nothing(forward_rows):
 
     found, whole = paths(forward_rows), paths(1024)
     assert torch.equal(found.trajectory.x_0, whole.trajectory.x_0)
-    assert torch.equal(found.trajectory.rank, whole.trajectory.rank)
+    assert torch.equal(masked(found.trajectory).rank, masked(whole.trajectory).rank)
     assert torch.equal(found.step, whole.step)
     for name, value in whole.completion_terms.items():
         assert torch.equal(found.completion_terms[name], value)

@@ -20,7 +20,7 @@ from rescore.training.run import Run
 from rescore.training.update import mini_batches, update
 from rescore.training.world import World
 from rescore.types import Credited, Prompts
-from tiny import TransformerBase, tiny_run, tiny_world
+from tiny import TransformerBase, masked, masked_policy, tiny_run, tiny_world
 
 CLIPPED = Egspo(n_steps=2, beta=0.1, clip_low=0.01, clip_high=0.02)
 """Bounds tight enough to be hit after one update."""
@@ -178,9 +178,9 @@ def run_with(function: RewardFunction, **changes) -> Run:
 
 
 def counted(world: World) -> Counting:
-    counting = Counting(world.models.new.denoiser)
-    new = replace(world.models.new, denoiser=counting)
-    world.models = replace(world.models, new=new)
+    policy = masked_policy(world.models.new)
+    counting = Counting(policy.denoiser)
+    world.models = replace(world.models, new=replace(policy, denoiser=counting))
     return counting
 
 
@@ -201,7 +201,7 @@ def test_skipping_groups_leaves_the_gradient_as_it_is():
     world, credited = credited_batch(run)
     update(world, credited, 0)
     full, _ = credited_batch(run)
-    everything = credited.trajectory.revealed() > 0
+    everything = masked(credited.trajectory).revealed() > 0
     update(full, replace(credited, weight=torch.where(everything, 1 / run.batch_size, 0.0)), 0)
     assert int(everything.sum()) > len(credited.pairs())
     torch.testing.assert_close(weights(world), weights(full), rtol=0, atol=1e-12)
@@ -225,7 +225,8 @@ def test_metrics_are_means_and_extremes_over_the_pairs_trained_on():
     world, credited = credited_batch(run)
     actions = credited.actions(credited.pairs())
     rng = SampleRng(run.seed, actions.trajectory.prompts.sample_id)
-    shifted = replace(actions, log_prob_old=actions.log_prob_old - 0.1 * actions.advantage)
+    path, shift = actions.trajectory, 0.1 * actions.advantage[:, None]
+    shifted = replace(actions, trajectory=replace(path, log_prob=path.log_prob - shift))
     terms = run.algorithm.loss(world.models, shifted, rng)
     old = credited.trajectory.log_prob.clone()
     sample, column = credited.pairs().unbind(1)

@@ -9,11 +9,11 @@ from typing import ClassVar
 
 import torch
 
-from rescore.sampling.decoder import Decoder
+from rescore.sampling.decoder import Decoder, Decoding
 from rescore.sampling.policy import Models
 from rescore.sampling.record import Record
 from rescore.sampling.rng import Rng
-from rescore.types import Actions, Credited, MaskedTrajectory, Scored, Selected, Terms
+from rescore.types import Actions, Credited, Scored, Selected, Terms, Trajectory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class Algorithm(abc.ABC):
     """A method. Frozen: the instance is its own configuration; state lives elsewhere.
 
     Data flow: ``record`` -> sampling -> ``select`` -> rewards -> ``annotate`` -> ``credit`` ->
-    ``loss``.
+    ``fit`` -> ``loss``.
     """
 
     citation: ClassVar[str]
@@ -42,7 +42,12 @@ class Algorithm(abc.ABC):
         """True if the loss is valid for one optimiser step per rollout only."""
         return False
 
-    def check(self, decoder: Decoder, group_size: int, terms: Sequence[str]) -> None:
+    @property
+    def uses_critic(self) -> bool:
+        """True if ``annotate`` asks for ``models.critic``, which ``fit`` trains."""
+        return False
+
+    def check(self, decoder: Decoding, group_size: int, terms: Sequence[str]) -> None:
         """Refuse a decoder, a group size or a reward that the method cannot use.
 
         Args:
@@ -53,26 +58,42 @@ class Algorithm(abc.ABC):
         Raises:
             ValueError: says which, and what to change.
         """
-        if decoder.temperature <= 0:
+        if isinstance(decoder, Decoder) and decoder.temperature <= 0:
             raise ValueError(
                 f"decoder: temperature={decoder.temperature:g} makes the policy deterministic, and "
                 f"its log-probabilities have no gradient to train on; use one above 0"
             )
 
-    def select(self, models: Models, trajectory: MaskedTrajectory) -> Selected:
+    def check_models(self, models: Models) -> None:
+        """Refuse networks that the method cannot use; by default none.
+
+        Raises:
+            ValueError: says why, and what to change.
+        """
+        return
+
+    def select(self, models: Models, trajectory: Trajectory) -> Selected:
         """Choose the steps that count; the default is all of them, each once."""
         n_samples, n_steps = trajectory.log_prob.shape
         step = torch.arange(n_steps, device=trajectory.x_0.device).expand(n_samples, -1)
         weight = torch.ones_like(trajectory.log_prob)
         return Selected(trajectory=trajectory, step=step, step_weight=weight)
 
-    def annotate(self, models: Models, scored: Scored) -> Scored:
+    def annotate(self, models: Models, scored: Scored, rng: Rng) -> Scored:
         """Add, once per rollout, what needs a model but no policy gradient; by default nothing."""
         return scored
 
     @abc.abstractmethod
     def credit(self, scored: Scored) -> Credited:
         """Turn rewards into advantages and weights. Pure; sees the whole batch, not the models."""
+
+    def fit(self, models: Models, credited: Credited) -> None:
+        """Fit what is learned beside the policy on the whole batch, before the policy's updates.
+
+        By default nothing. ``credit`` has been given already, so what is fitted here serves the
+        next rollout: a baseline that knows the rewards it is subtracted from would be biased.
+        """
+        return
 
     @abc.abstractmethod
     def loss(self, models: Models, actions: Actions, rng: Rng) -> Terms:

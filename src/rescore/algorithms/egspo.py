@@ -30,11 +30,19 @@ from rescore.algorithms.base import Algorithm, check_group
 from rescore.objectives.advantages import Baseline, centre, covering_steps, stepwise_advantage
 from rescore.objectives.divergences import KlEstimator, categorical_kl, kl_estimate
 from rescore.objectives.policy_gradient import clipped_surrogate
-from rescore.sampling.decoder import Decoder
-from rescore.sampling.policy import Models
+from rescore.sampling.decoder import Decoder, Decoding
+from rescore.sampling.policy import MaskedPolicy, Models
 from rescore.sampling.record import Choice, Record, Score, Slots
 from rescore.sampling.rng import Rng
-from rescore.types import Actions, Credited, MaskedTrajectory, Scored, Selected, Terms
+from rescore.types import (
+    Actions,
+    Credited,
+    MaskedTrajectory,
+    Scored,
+    Selected,
+    Terms,
+    Trajectory,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +113,13 @@ class Egspo(Algorithm):
     def uses_reference(self) -> bool:
         return self.beta != 0
 
-    def check(self, decoder: Decoder, group_size: int, terms: Sequence[str]) -> None:
+    def check(self, decoder: Decoding, group_size: int, terms: Sequence[str]) -> None:
         super().check(decoder, group_size, terms)
+        if not isinstance(decoder, Decoder):
+            raise ValueError(
+                f"egspo selects steps by the entropy of the tokens they reveal, which a "
+                f"{type(decoder).__name__} does not do; use a Decoder, or reinforce"
+            )
         check_group(self.baseline, group_size)
         distinct = self.selection in ("top", "bottom", "uniform", "random")
         if self.n_steps < 1 or (distinct and self.n_steps > decoder.steps):
@@ -136,8 +149,26 @@ class Egspo(Algorithm):
                 f"egspo: completion_term='{self.completion_term}' is no reward term; choose one of "
                 f"{list(terms)}"
             )
+        self._check_effects()
 
-    def select(self, models: Models, trajectory: MaskedTrajectory) -> Selected:
+    def _check_effects(self) -> None:
+        """Refuse a setting that was changed and yet changes nothing."""
+        stepwise = ("lam_schedule", "normalise", "completion_term", "centre_completions")
+        needs = {
+            "delta": (self.selection == "importance", "selection='importance'"),
+            "mass": (self.selection == "adaptive", "selection='adaptive'"),
+            **dict.fromkeys(stepwise, (self.lam > 0, "lam above 0")),
+        }
+        for name, (is_met, need) in needs.items():
+            value, default = getattr(self, name), getattr(Egspo, name)
+            if value != default and not is_met:
+                raise ValueError(
+                    f"egspo: {name}={value!r} has no effect without {need}; set that, or leave "
+                    f"{name} at {default!r}"
+                )
+
+    def select(self, models: Models, trajectory: Trajectory) -> Selected:
+        assert isinstance(trajectory, MaskedTrajectory)
         kept, path = trajectory.kept, replace(trajectory, kept=None)
         if kept is not None:
             return Selected(
@@ -147,19 +178,20 @@ class Egspo(Algorithm):
                 completion=kept.completion,
             )
         selected = super().select(models, path)
-        chosen = trajectory.revealed() > 0
+        chosen = trajectory.acts()
         if self.selection == "adaptive":
             assert trajectory.entropy is not None
             chosen = chosen & covering_steps(trajectory.entropy, self.mass)
         selected = replace(selected, step_weight=selected.step_weight * chosen)
         if self.lam == 0:
             return selected
+        assert isinstance(models.new, MaskedPolicy)
         sample, step = chosen.nonzero().unbind(1)  # these completions cost a network row each
         completion = path.x_0[:, None, :].repeat(1, path.n_steps, 1)
         completion[sample, step] = models.new.completions(path.take(sample), step)
         return replace(selected, completion=completion)
 
-    def annotate(self, models: Models, scored: Scored) -> Scored:
+    def annotate(self, models: Models, scored: Scored, rng: Rng) -> Scored:
         if not self.uses_reference or self.kl == "exact":
             return scored
         assert models.ref is not None
@@ -168,7 +200,7 @@ class Egspo(Algorithm):
 
     def credit(self, scored: Scored) -> Credited:
         advantage = self._advantage(scored)
-        active = scored.trajectory.revealed().gather(1, scored.step) > 0
+        active = scored.trajectory.acts().gather(1, scored.step)
         if not self.uses_reference:
             active = active & (advantage != 0)
         weight = torch.where(active, scored.step_weight / len(scored.reward), 0.0)

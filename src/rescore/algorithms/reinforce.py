@@ -7,6 +7,7 @@ expected gradient is exactly that of E[r]; the group mean scales it by 1 - 1/G.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,8 +16,9 @@ import torch
 
 from rescore.algorithms.base import Algorithm, check_group
 from rescore.objectives.advantages import Baseline, centre
+from rescore.objectives.divergences import categorical_kl
 from rescore.objectives.policy_gradient import score_function
-from rescore.sampling.decoder import Decoder
+from rescore.sampling.decoder import Decoding, RateDecoder
 from rescore.sampling.policy import Models
 from rescore.sampling.record import Record, Score
 from rescore.sampling.rng import Rng
@@ -31,6 +33,9 @@ class Reinforce(Algorithm):
     """What is subtracted from the reward."""
     score: Score = Score()
     """What the log-probability of a step counts."""
+    beta: float = 0.0
+    """Weight of KL(new || ref), exact within each step and taken at the visited states, reward
+    units per nat; 0 keeps no reference."""
 
     citation: ClassVar[str] = """@article{williams1992simple,
   title   = {Simple statistical gradient-following algorithms for connectionist
@@ -44,23 +49,42 @@ class Reinforce(Algorithm):
 
     @property
     def record(self) -> Record:
-        return Record(score=self.score)
+        return Record(score=self.score, moves="all")
+
+    @property
+    def uses_reference(self) -> bool:
+        return self.beta != 0
 
     @property
     def on_policy(self) -> bool:
         return True
 
-    def check(self, decoder: Decoder, group_size: int, terms: Sequence[str]) -> None:
+    def check(self, decoder: Decoding, group_size: int, terms: Sequence[str]) -> None:
         super().check(decoder, group_size, terms)
         check_group(self.baseline, group_size)
+        if not 0 <= self.beta < math.inf:
+            raise ValueError(f"reinforce: beta={self.beta} must not be negative")
+        if isinstance(decoder, RateDecoder) and self.score != Score():
+            raise ValueError(
+                f"reinforce: score={self.score} is about the order of a masked decoder; leave it "
+                f"out with a RateDecoder, whose steps have one log-probability"
+            )
 
     def credit(self, scored: Scored) -> Credited:
         returns = scored.reward[:, None].expand_as(scored.step_weight)
         advantage = centre(returns, scored.trajectory.prompts.group, self.baseline)
-        active = (advantage != 0) & (scored.trajectory.revealed() > 0)
+        active = ((advantage != 0) | self.uses_reference) & scored.trajectory.acts()
         weight = torch.where(active, scored.step_weight / len(scored.reward), 0.0)
         return Credited(**scored.fields(), advantage=advantage, weight=weight)
 
     def loss(self, models: Models, actions: Actions, rng: Rng) -> Terms:
         new = models.new.transition(actions.trajectory, actions.step, self.score)
-        return score_function(new.log_prob, actions.log_prob_old, actions.advantage)
+        terms = score_function(new.log_prob, actions.log_prob_old, actions.advantage)
+        if models.ref is None:
+            return terms
+        with torch.no_grad():
+            ref = models.ref.transition(actions.trajectory, actions.step, self.score)
+        kl = categorical_kl(new.log_p, ref.log_p, new.revealed)
+        return Terms(
+            loss=terms.loss + self.beta * kl, metrics={**terms.metrics, "kl_new_ref": kl.detach()}
+        )

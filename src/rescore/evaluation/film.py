@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from rescore.sampling.policy import MaskedPolicy
+from rescore.sampling.policy import Policy
 from rescore.sampling.record import Record
 from rescore.sampling.rng import SampleRng
 from rescore.tasks.task import Split, Task
 
 
 def film_strip(
-    policy: MaskedPolicy,
+    policy: Policy,
     task: Task,
     split: Split,
     number: int,
@@ -24,24 +24,27 @@ def film_strip(
 ) -> dict[str, Any]:
     """The canvas of prompt ``number`` before every step and at the end, as text cells.
 
+    The task must have a gold output for it.
+
     Returns:
         ``label``, ``frames`` (each ``step`` and ``cells``; masks are empty), ``given`` and
         ``solution`` per cell, and ``note``: the reward terms of the result.
     """
     index = torch.tensor([number])
     prompts = task.prompts(split, index).to(device)
-    trajectory = policy.sample(prompts, Record(), SampleRng(seed, index.to(device)))
-    steps = torch.arange(policy.decoder.steps + 1, device=device)
+    trajectory = policy.sample(prompts, Record(moves="all"), SampleRng(seed, index.to(device)))
+    steps = torch.arange(trajectory.n_steps + 1, device=device)
     frames = [
         {"step": k, "cells": cells(task, trajectory.state(steps[k : k + 1], task.mask_id)[0])}
-        for k in range(policy.decoder.steps + 1)
+        for k in range(trajectory.n_steps + 1)
     ]
-    terms = task.reward.terms(trajectory.x_0, prompts)
+    terms, gold = task.reward.terms(trajectory.x_0, prompts), task.gold(prompts)
+    assert gold is not None
     return {
         "label": label,
         "frames": frames,
         "given": (~prompts.editable[0]).tolist(),
-        "solution": cells(task, task.gold(prompts)[0]),
+        "solution": cells(task, gold[0]),
         "note": ", ".join(f"{name} {value.item():.2f}" for name, value in terms.items()),
     }
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rescore.sampling.policy import MaskedPolicy
+from rescore.sampling.policy import Policy
 from rescore.sampling.record import Record
 from rescore.sampling.rng import SampleRng
 from rescore.tasks.task import Split, Task
@@ -23,7 +23,7 @@ class Mean(TypedDict):
 
 
 def evaluate(
-    policy: MaskedPolicy,
+    policy: Policy,
     task: Task,
     split: Split,
     index: Int[Tensor, " n"],

@@ -5,6 +5,7 @@ A new algorithm adds one function here, named in ``CASES``.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import itertools
 import math
@@ -13,31 +14,34 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
+from jaxtyping import Float
+from torch import Tensor
+
 from rescore.algorithms.base import Algorithm
 from rescore.algorithms.egspo import Egspo
 from rescore.algorithms.reinforce import Reinforce
+from rescore.algorithms.sepo import Sepo
 from rescore.objectives.advantages import Baseline
 from rescore.objectives.divergences import KlEstimator
 from rescore.processes.masked import Order
+from rescore.proof import oracle, score_oracle
+from rescore.proof.oracle import Estimate
+from rescore.proof.score_worlds import EnergyWorld, Network, SamplerWorld, ScoreWorld
 from rescore.proof.worlds import World
 from rescore.sampling.decoder import Decoder
 from rescore.sampling.record import Score
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
-    """E[estimator] = factor * gradient of (E[r] - beta KL), on one world with one decoder."""
+class Claim(abc.ABC):
+    """E[estimator] = factor * gradient of (E[r] - beta KL), on one world."""
 
     algorithm: Algorithm
-    world: World
-    order: Order = "random"
-    temperature: float = 1.0
+    world: World | ScoreWorld
     factor: float | None
     """What the gradient is claimed to be multiplied by; None = claimed to be biased."""
     beta: float = 0.0
     """Weight of the KL in the objective, reward units per nat."""
-    exact_values: bool = False
-    """The exact value of each state stands in the place of its completion's reward."""
 
     @property
     def name(self) -> str:
@@ -51,18 +55,61 @@ class Case:
         return "unbiased" if self.factor == 1 else "scaled"
 
     @property
+    @abc.abstractmethod
+    def option(self) -> str:
+        """Every setting that is not the default, as ``name=value`` words."""
+
+    @abc.abstractmethod
+    def measure(self) -> tuple[Float[Tensor, " D"], Estimate]:
+        """The exact gradient, and the estimator in expectation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case(Claim):
+    """A claim about a masked process, in one order."""
+
+    world: World
+    order: Order = "random"
+    temperature: float = 1.0
+    exact_values: bool = False
+    """The exact value of each state stands in the place of its completion's reward."""
+
+    @property
     def decoder(self) -> Decoder:
         return self.world.decoder(self.order, self.temperature)
 
     @property
     def option(self) -> str:
-        """The order, and every setting that is not the default, as ``name=value`` words."""
+        """The order comes last, and the temperature after it if it is not 1."""
         words = [*_settings(self.algorithm), f"order={self.order}"]
         if self.exact_values:
             words.insert(0, "r_hat=V")
         if self.temperature != 1:
             words.append(f"temperature={self.temperature:g}")
         return " ".join(words)
+
+    def measure(self) -> tuple[Float[Tensor, " D"], Estimate]:
+        exact = oracle.exact_gradient(self.world, self.decoder, self.beta)
+        estimate = oracle.expectation(
+            self.algorithm, self.world, self.decoder, exact_values=self.exact_values
+        )
+        return exact, estimate
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreCase(Claim):
+    """A claim about a process in continuous time."""
+
+    world: ScoreWorld
+
+    @property
+    def option(self) -> str:
+        """The kind of world comes last: ``energy`` or ``sampler``."""
+        return " ".join([*_settings(self.algorithm), f"world={self.world.kind}"])
+
+    def measure(self) -> tuple[Float[Tensor, " D"], Estimate]:
+        exact = score_oracle.exact_gradient(self.world, self.beta)
+        return exact, score_oracle.expectation(self.algorithm, self.world)
 
 
 def _settings(instance: Algorithm | Score) -> Iterator[str]:
@@ -87,6 +134,33 @@ WORLDS = tuple(
     for network in ("table", "mlp")
 )
 TWO_STEPS = tuple(world for world in WORLDS if world.steps == 2)
+NETWORKS: tuple[tuple[int, int, Network], ...] = (
+    (5, 1, "mlp"),
+    (3, 2, "mlp"),
+    (2, 3, "mlp"),
+    (3, 2, "table"),
+    (2, 3, "table"),
+    (3, 2, "factorised"),
+    (2, 3, "factorised"),
+)
+ENERGIES = tuple(
+    EnergyWorld(process=process, vocab_size=vocab_size, length=length, network=network)
+    for process in ("uniform", "absorbing")
+    for vocab_size, length, network in NETWORKS
+)
+ONE_POSITION = SamplerWorld(process="uniform", vocab_size=3, length=1, steps=3)
+TWO_POSITIONS = SamplerWorld(process="uniform", vocab_size=2, length=2, steps=2)
+SAMPLERS = tuple(
+    replace(world, process=process)
+    for process in ("uniform", "absorbing")
+    for world in (
+        ONE_POSITION,
+        TWO_POSITIONS,
+        replace(TWO_POSITIONS, steps=3),
+        replace(TWO_POSITIONS, steps=3, predictor="euler"),
+        replace(TWO_POSITIONS, corrector_steps=1),
+    )
+)
 ORDERS: tuple[Order, ...] = (
     "random",
     "left_to_right",
@@ -113,7 +187,7 @@ def chooses(world: World) -> bool:
     return world.steps > world.blocks
 
 
-def reinforce() -> Iterator[Case]:
+def reinforce() -> Iterator[Claim]:
     """Exact on every world, in every order, if the score is; biased if it leaves a part out."""
     for world, order, temperature in itertools.product(WORLDS, ORDERS, (1.0, 0.7)):
         case = partial(Case, world=world, order=order, temperature=temperature)
@@ -127,6 +201,8 @@ def reinforce() -> Iterator[Case]:
         if order == "random" and temperature != 1:
             score = Score(score_temperature=1.0)
             yield case(algorithm=Reinforce(score=score), factor=None)
+    for sampler, (baseline, factor) in itertools.product(SAMPLERS, BASELINES.items()):
+        yield ScoreCase(algorithm=Reinforce(baseline=baseline), world=sampler, factor=factor)
 
 
 def egspo() -> Iterator[Case]:
@@ -218,5 +294,73 @@ def stepwise(world: World, order: Order) -> Iterator[Case]:
         yield case(algorithm=replace(every, centre_completions=False), factor=1.0)
 
 
-CASES: Mapping[str, Callable[[], Iterator[Case]]] = {"reinforce": reinforce, "egspo": egspo}
+PLAIN_SEPO = Sepo(baseline="leave_one_out", normalise_std=False)
+"""The defaults but for what is biased in every mode."""
+
+
+def sepo() -> Iterator[ScoreCase]:
+    """Where the scores are exact some modes are; none is for the sampler that really runs."""
+    for world in ENERGIES:
+        one = world.length == 1
+        independent = one or world.network == "factorised"
+        if world.process == "uniform":
+            yield from sepo_options(
+                world, replace(PLAIN_SEPO, mode="conditional"), exact=independent
+            )
+            yield from sepo_options(world, replace(PLAIN_SEPO, mode="ball"), exact=one)
+            joint = replace(PLAIN_SEPO, mode="joint", likelihood="network")
+            yield from sepo_options(world, joint, exact=one)
+            for snis_draws in (1, 2):
+                drawn = replace(joint, likelihood="snis", snis_draws=snis_draws)
+                yield ScoreCase(algorithm=drawn, world=world, factor=1.0 if one else None)
+            continue
+        elbo = replace(PLAIN_SEPO, mode="elbo")
+        yield from sepo_options(world, replace(elbo, masks=2), exact=True)
+        for masks, antithetic in ((1, False), (2, False), (4, True)):
+            drawn = replace(elbo, masks=masks, antithetic=antithetic)
+            if masks < 4 or world.length < 3:  # the outcomes would be too many
+                yield ScoreCase(algorithm=drawn, world=world, factor=1.0)
+        for masks in sorted({1, world.length, 4}):  # sets beyond the positions stay empty
+            singly = replace(PLAIN_SEPO, mode="pseudo_likelihood", masks=masks)
+            factor = 1.0 if independent else None
+            yield ScoreCase(algorithm=singly, world=world, factor=factor)
+
+    for world in SAMPLERS:
+        case = partial(ScoreCase, world=world, factor=None)
+        yield case(algorithm=Sepo())
+        for mode in ("conditional", "ball") if world.process == "uniform" else ("elbo",):
+            yield case(algorithm=replace(PLAIN_SEPO, mode=mode))
+        if world.process == "uniform":
+            yield case(algorithm=replace(PLAIN_SEPO, mode="joint", snis_draws=2))
+        else:
+            yield case(algorithm=replace(PLAIN_SEPO, mode="pseudo_likelihood", masks=2))
+        if world.process == "absorbing" and world.steps == 3:
+            continue  # one path is impossible under the reference: the KL is infinite
+        for kl_steps in (1, world.decoder.n_moves):
+            with_kl = replace(PLAIN_SEPO, beta=0.5, kl_steps=kl_steps, masks=2)
+            yield case(algorithm=with_kl, beta=with_kl.beta)
+
+
+def sepo_options(world: EnergyWorld, plain: Sepo, *, exact: bool) -> Iterator[ScoreCase]:
+    """One mode with each coefficient and baseline; the ratio is 1, so all coefficients are A.
+
+    Dividing by the standard deviation of a group is biased whatever the mode.
+    """
+    case = partial(ScoreCase, world=world, factor=1.0 if exact else None)
+    yield case(algorithm=plain)
+    yield case(algorithm=replace(plain, coefficient="plain"))
+    yield case(algorithm=replace(plain, coefficient="capped"))
+    if plain.mode != "ball":
+        yield case(algorithm=replace(plain, baseline="none"))
+    yield case(algorithm=replace(plain, baseline="critic"))
+    half = replace(plain, baseline="group_mean")
+    yield case(algorithm=half, factor=0.5 if exact else None)
+    yield case(algorithm=replace(half, normalise_std=True), factor=None)
+
+
+CASES: Mapping[str, Callable[[], Iterator[Claim]]] = {
+    "reinforce": reinforce,
+    "egspo": egspo,
+    "sepo": sepo,
+}
 """By the module name of the algorithm."""

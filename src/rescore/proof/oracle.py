@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
@@ -53,7 +53,8 @@ class EnumeratingRng:
         n_rows, n_tokens = probs.shape[1:]
         place = n_tokens ** torch.arange(n_rows)
         token = self._digit(n_tokens**n_rows)[:, None] // place % n_tokens
-        drawn = probs.gather(-1, token[..., None]).squeeze(-1) / probs.sum(-1)
+        exact = probs.double()  # equal weights may come in float32, whose 1/3 is not exact enough
+        drawn = exact.gather(-1, token[..., None]).squeeze(-1) / exact.sum(-1)
         self.probability = self.probability * drawn.prod(-1)
         return token
 
@@ -119,7 +120,7 @@ def enumerate_paths(denoiser: Tabled, decoder: Decoder, world: World, record: Re
     )
 
 
-def distinct_rows(table: Int[Tensor, "N C"]) -> tuple[Int[Tensor, " N"], Int[Tensor, " M"]]:
+def distinct_rows(table: Shaped[Tensor, "N C"]) -> tuple[Int[Tensor, " N"], Int[Tensor, " M"]]:
     """The number of each row among the M distinct ones, and a row that has each number."""
     number = table.unique(dim=0, return_inverse=True)[1]
     row = torch.arange(len(number))
@@ -212,7 +213,9 @@ class Groups:
             completion_terms["reward"] = flat.view(selected.step.shape)
         fields = {**selected.fields(), "completion": None}
         scored = Scored(**fields, reward=reward, terms={}, completion_terms=completion_terms)
-        self.items = algorithm.annotate(self.models, scored)
+        rng = EnumeratingRng(torch.zeros(len(reward), dtype=torch.long))
+        self.items = algorithm.annotate(self.models, scored, rng)
+        assert rng.n_outcomes == 1, "what annotate draws is not enumerated here"
         self.forwards = (self._rows() - rows) / len(reward)
 
     def gradients(

@@ -1,7 +1,8 @@
 """`rescore verify`: is the expected gradient of every algorithm what it is claimed to be?
 
 Each row compares the exact expectation of an estimator, made of one group of two samples, with the
-exact gradient of its objective. Both are enumerations of the code that trains (see ``oracle``).
+exact gradient of its objective. Both are enumerations of the code that trains (see ``oracle`` and
+``score_oracle``).
 
     python -m rescore.proof.verify --write     commits the figures of the biased rows anew
 """
@@ -23,8 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rescore.algorithms import algorithms
-from rescore.proof.cases import CASES, ORDERS, Case
-from rescore.proof.oracle import exact_gradient, expectation
+from rescore.proof.cases import CASES, ORDERS, Claim
 
 EXACT = 1e-10
 """Largest bias of a row that claims none; float64 rounding stays far below."""
@@ -81,10 +81,9 @@ def verify(names: Sequence[str] | None = None) -> list[Row]:
     return [check(case, expected) for name in names or known for case in CASES[name]()]
 
 
-def check(case: Case, expected: Mapping[str, float]) -> Row:
+def check(case: Claim, expected: Mapping[str, float]) -> Row:
     """Enumerate one case; ``expected`` has the figures of the biased ones."""
-    exact = exact_gradient(case.world, case.decoder, case.beta)
-    estimate = expectation(case.algorithm, case.world, case.decoder, exact_values=case.exact_values)
+    exact, estimate = case.measure()
     factor = 1.0 if case.factor is None else case.factor
     bias = (estimate.mean - factor * exact).norm() / exact.norm()
     row = Row(

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rescore.models.denoiser import Denoiser
+from rescore.models.critics import Critic
+from rescore.models.denoiser import Counted, CountedScores, Denoiser, ScoreNetwork, SubsScores
 from rescore.sampling.chunks import over_rows
-from rescore.sampling.decoder import Decoder
+from rescore.sampling.decoder import Decoder, Decoding, Move, RateDecoder
 from rescore.sampling.discrete import StepRows, columns_of, fill_in, sample_masked, step_log_prob
+from rescore.sampling.rates import move_probs, sample_rates, tokens_log_prob
 from rescore.sampling.record import Record, Score
-from rescore.sampling.rng import SampleRng
-from rescore.types import MaskedTrajectory, Prompts, joined
+from rescore.sampling.rng import Rng, SampleRng
+from rescore.types import MaskedTrajectory, Prompts, RateTrajectory, Trajectory, joined
+
+P = TypeVar("P", bound=Trajectory)
 
 
 @dataclass(frozen=True)
@@ -29,29 +35,39 @@ class Transition:
     """True for the rows the step revealed."""
 
 
-@dataclass(frozen=True)
-class MaskedPolicy:
-    """pi(x_s | x_t): the law of one reverse step of the masked process."""
+class Policy(abc.ABC, Generic[P]):
+    """A network and the way it is decoded: draws paths, and scores steps of given paths."""
 
-    denoiser: Denoiser
-    decoder: Decoder
-    forward_rows: int = 1024
-    """Network rows per forward without gradients; any value gives the same paths and numbers."""
+    forward_rows: int
+
+    @abc.abstractmethod
+    def draw(self, prompts: Prompts, record: Record, rng: Rng) -> P:
+        """One path per prompt in one batch; the caller decides about gradients."""
+
+    @abc.abstractmethod
+    def transition(
+        self, trajectory: Trajectory, step: Int[Tensor, " N"], score: Score
+    ) -> Transition:
+        """Score step ``step[i]`` of path i: one network row each, with gradients if enabled."""
+
+    @property
+    @abc.abstractmethod
+    def rows(self) -> int:
+        """Canvases put through the network so far; 0 if nobody counts."""
 
     @torch.no_grad()
-    def sample(self, prompts: Prompts, record: Record, rng: SampleRng) -> MaskedTrajectory:
+    def sample(self, prompts: Prompts, record: Record, rng: SampleRng) -> P:
         """Draw one path per prompt, recording what ``record`` asks for; a part at a time."""
 
-        def part(rows: Int[Tensor, " n"]) -> MaskedTrajectory:
+        def part(rows: Int[Tensor, " n"]) -> P:
             rows = rows.to(prompts.tokens.device)
-            some = prompts.take(rows)
-            return sample_masked(self.denoiser, self.decoder, some, record, rng.take(rows))
+            return self.draw(prompts.take(rows), record, rng.take(rows))
 
         return joined(over_rows(part, prompts.n_samples, at_most=self.forward_rows))
 
     @torch.no_grad()
     def log_probs(
-        self, trajectory: MaskedTrajectory, step: Int[Tensor, "B K"], score: Score
+        self, trajectory: Trajectory, step: Int[Tensor, "B K"], score: Score
     ) -> Float[Tensor, "B K"]:
         """Score several steps of each path: B K network rows, a part at a time, no gradients."""
         n_columns = step.shape[1]
@@ -63,6 +79,23 @@ class MaskedPolicy:
 
         parts = over_rows(part, step.numel(), at_most=self.forward_rows)
         return torch.cat(parts).view_as(step)
+
+
+@dataclass(frozen=True)
+class MaskedPolicy(Policy[MaskedTrajectory]):
+    """pi(x_s | x_t): the law of one reverse step of the masked process."""
+
+    denoiser: Denoiser
+    decoder: Decoder
+    forward_rows: int = 1024
+    """Network rows per forward without gradients; any value gives the same paths and numbers."""
+
+    @property
+    def rows(self) -> int:
+        return self.denoiser.rows if isinstance(self.denoiser, Counted) else 0
+
+    def draw(self, prompts: Prompts, record: Record, rng: Rng) -> MaskedTrajectory:
+        return sample_masked(self.denoiser, self.decoder, prompts, record, rng)
 
     @torch.no_grad()
     def completions(
@@ -86,9 +119,9 @@ class MaskedPolicy:
         return torch.cat(parts) if parts else trajectory.x_0[:0]
 
     def transition(
-        self, trajectory: MaskedTrajectory, step: Int[Tensor, " N"], score: Score
+        self, trajectory: Trajectory, step: Int[Tensor, " N"], score: Score
     ) -> Transition:
-        """Score step ``step[i]`` of path i: one network row each, with gradients if enabled."""
+        assert isinstance(trajectory, MaskedTrajectory)
         listing_all = score.form == "tokens_and_selection" and self.decoder.order in (
             "plackett_luce",
             "low_confidence",
@@ -130,10 +163,80 @@ class MaskedPolicy:
 
 
 @dataclass(frozen=True)
+class RatePolicy(Policy[RateTrajectory]):
+    """pi(x_s | x_t) of the reverse of a process in continuous time, step by step of its grid."""
+
+    network: ScoreNetwork
+    decoder: RateDecoder
+    forward_rows: int = 1024
+    """Network rows per forward without gradients; any value gives the same paths and numbers."""
+
+    @property
+    def rows(self) -> int:
+        return self.network.rows if isinstance(self.network, CountedScores) else 0
+
+    def draw(self, prompts: Prompts, record: Record, rng: Rng) -> RateTrajectory:
+        return sample_rates(self.network, self.decoder, prompts, record, rng)
+
+    def transition(
+        self, trajectory: Trajectory, step: Int[Tensor, " N"], score: Score
+    ) -> Transition:
+        assert isinstance(trajectory, RateTrajectory)
+        before, after = trajectory.move(step)
+        probs = self.law(before, step, trajectory.prompts.attend)
+        editable = trajectory.prompts.editable
+        possible = probs > 0  # the logarithm of 0 would have a gradient that is not finite
+        log_p = torch.where(possible, torch.where(possible, probs, 1.0).log(), -torch.inf)
+        log_prob = tokens_log_prob(probs, after, editable)
+        return Transition(log_prob=log_prob, log_p=log_p, revealed=editable)
+
+    def law(
+        self, x: Int[Tensor, "N L"], step: Int[Tensor, " N"], attend: Bool[Tensor, "N L"] | None
+    ) -> Float[Tensor, "N L S"]:
+        """The law of every token after step ``step[i]`` from state i: one network row each."""
+        moves = self.decoder.moves()
+        numbers = torch.tensor([move[1:] for move in moves], device=x.device)
+        level, length = numbers[step].unbind(1)
+        log_score = self.network.log_score(x, level, attend=attend)
+        laws = torch.zeros_like(log_score)
+        kinds: dict[Move, None] = dict.fromkeys(move[0] for move in moves)
+        for kind in kinds:
+            of_kind = torch.tensor([move[0] == kind for move in moves], device=x.device)[step]
+            law = move_probs(
+                self.network.process, x, log_score, kind, length, self.decoder.predictor
+            )
+            laws = torch.where(of_kind[:, None, None], law, laws)
+        return laws
+
+
+def policy_of(network: Denoiser | ScoreNetwork, decoder: Decoding, forward_rows: int) -> Policy:
+    """The policy of a network under a decoder; its network rows are counted.
+
+    A masked denoiser serves processes in continuous time too: its predictions are concrete scores
+    (``SubsScores``).
+
+    Raises:
+        ValueError: the decoder cannot be used with this network.
+    """
+    if isinstance(decoder, RateDecoder):
+        scores = network if isinstance(network, ScoreNetwork) else SubsScores(network)
+        return RatePolicy(CountedScores(scores), decoder, forward_rows)
+    assert isinstance(decoder, Decoder)
+    if not isinstance(network, Denoiser):
+        raise ValueError(
+            f"decoder: a {type(network).__name__} predicts concrete scores, which Decoder does not "
+            f"use; give the run a RateDecoder"
+        )
+    return MaskedPolicy(Counted(network), decoder, forward_rows)
+
+
+@dataclass(frozen=True)
 class Models:
     """The policies a loss may ask. The old policy is not among them: what it said is recorded."""
 
-    new: MaskedPolicy
+    new: Policy
     """The policy being trained."""
-    ref: MaskedPolicy | None = None
+    ref: Policy | None = None
     """The frozen reference that KL terms refer to; None when the algorithm uses none."""
+    critic: Critic | None = None
+    """Predicts the reward of a prompt; None when the algorithm uses none."""

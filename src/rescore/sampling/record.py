@@ -65,3 +65,6 @@ class Record:
     """Save the entropy of the sampling law, summed over the positions a step reveals."""
     slots: Slots | None = None
     """Choose steps on the way down."""
+    moves: Literal["all"] | int = 0
+    """Steps of a process in continuous time to keep, with the states before and after: all of them
+    (2 T L tokens per sample), or this many at random. Masked paths need none, they are rebuilt."""

@@ -24,6 +24,7 @@ class Stream(IntEnum):
     TOKEN = 0
     POSITION = 1
     SLOT = 2
+    START = 3
 
 
 STREAMS_PER_STEP = 4

@@ -13,18 +13,18 @@ import dataclasses
 import resource
 import statistics
 import time
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from rescore.models.denoiser import Denoiser
+from rescore.models.denoiser import CountedScores, SubsScores
 from rescore.models.finetune import reference
-from rescore.sampling.policy import Models
+from rescore.processes.ctmc import Process
+from rescore.sampling.policy import MaskedPolicy, Policy, RatePolicy
 from rescore.training.rollout import rollout
 from rescore.training.run import Run
 from rescore.training.session import build_base
@@ -62,18 +62,18 @@ class Row:
 class Call(NamedTuple):
     """One call of a network, with its inputs."""
 
+    method: Literal["predict", "log_score"]
     grad: bool
-    x_t: Tensor
-    attend: Tensor | None
-    positions: Tensor | None
+    inputs: tuple[Tensor, ...]
+    options: dict[str, Tensor | None]
     of_reference: bool
 
 
 @dataclass
 class Recorder:
-    """A ``Denoiser`` that notes every call of the network it wraps."""
+    """A network that notes every call of the one it wraps."""
 
-    network: Denoiser
+    network: Any
     calls: list[Call] = field(default_factory=list)
     of_reference: bool = False
 
@@ -85,17 +85,41 @@ class Recorder:
     def mask_id(self) -> int:
         return self.network.mask_id
 
-    def predict(
-        self,
-        x_t: Int[Tensor, "B L"],
-        *,
-        attend: Bool[Tensor, "B L"] | None = None,
-        positions: Int[Tensor, "B R"] | None = None,
-    ) -> Float[Tensor, "B R V"]:
+    @property
+    def process(self) -> Process:
+        return self.network.process
+
+    def predict(self, x_t: Tensor, **options: Tensor | None) -> Tensor:
         """Pass the call on and note it."""
+        return self._call("predict", (x_t,), options)
+
+    def log_score(self, x_t: Tensor, total_noise: Tensor, **options: Tensor | None) -> Tensor:
+        """Pass the call on and note it."""
+        return self._call("log_score", (x_t, total_noise), options)
+
+    def _call(
+        self,
+        method: Literal["predict", "log_score"],
+        inputs: tuple[Tensor, ...],
+        options: dict[str, Tensor | None],
+    ) -> Tensor:
         grad = torch.is_grad_enabled()
-        self.calls.append(Call(grad, x_t, attend, positions, self.of_reference))
-        return self.network.predict(x_t, attend=attend, positions=positions)
+        self.calls.append(Call(method, grad, inputs, options, self.of_reference))
+        return getattr(self.network, method)(*inputs, **options)
+
+
+def recorded(policy: Policy, calls: list[Call], *, of_reference: bool = False) -> Policy:
+    """The policy with its network, the bare one inside all wrappers, noting its calls."""
+    if isinstance(policy, MaskedPolicy):
+        return replace(policy, denoiser=Recorder(policy.denoiser, calls, of_reference))
+    assert isinstance(policy, RatePolicy)
+    assert isinstance(policy.network, CountedScores)
+    scores = policy.network.network
+    if isinstance(scores, SubsScores):
+        scores = SubsScores(Recorder(scores.network, calls, of_reference))
+    else:
+        scores = Recorder(scores, calls, of_reference)
+    return replace(policy, network=CountedScores(scores))
 
 
 def measure(recipe: str, run: Run, *, repeats: int = 7) -> Row:
@@ -113,22 +137,20 @@ def measure(recipe: str, run: Run, *, repeats: int = 7) -> Row:
     world = build(run, build_base(run, accelerator, print), accelerator)
     bare = copy.deepcopy(world.module)
     optimizer = torch.optim.AdamW([p for p in bare.parameters() if p.requires_grad])
-    recorder = Recorder(world.models.new.denoiser)
-    new = dataclasses.replace(world.models.new, denoiser=recorder)
-    world.models = Models(new=new, ref=world.models.ref)
-    if world.models.ref is not None:  # its calls count too, on the same list
-        ref_recorder = Recorder(world.models.ref.denoiser, recorder.calls, of_reference=True)
-        ref = dataclasses.replace(world.models.ref, denoiser=ref_recorder)
-        world.models = Models(new=new, ref=ref)
+    calls: list[Call] = []
+    models = world.models
+    ref = None if models.ref is None else recorded(models.ref, calls, of_reference=True)
+    world.models = replace(models, new=recorded(models.new, calls), ref=ref)
 
     steps: list[dict[str, float]] = []
     for step in range(WARM_UP + repeats):
-        recorder.calls.clear()
+        calls.clear()
         clock = time.process_time()
         scored, spent = rollout(world, step)
         before_credit = time.process_time()
         credited = run.algorithm.credit(scored)
         before_update = time.process_time()
+        run.algorithm.fit(world.models, credited)
         update(world, credited, step)
         end = time.process_time()
         figures = {
@@ -137,9 +159,9 @@ def measure(recipe: str, run: Run, *, repeats: int = 7) -> Row:
             "credit_s": spent["cpu/annotate_s"] + before_update - before_credit,
             "update_s": end - before_update,
             "total_s": end - clock,
-            "rows": sum(len(call.x_t) for call in recorder.calls) / run.optim.updates_per_rollout,
+            "rows": sum(len(call.inputs[0]) for call in calls) / run.optim.updates_per_rollout,
         }
-        figures["bare_s"] = replay(world, bare, optimizer, recorder)
+        figures["bare_s"] = replay(world, bare, optimizer, calls)
         if step >= WARM_UP:
             steps.append(figures)
     middle = {name: statistics.median(figures[name] for figures in steps) for name in steps[0]}
@@ -156,19 +178,18 @@ def measure(recipe: str, run: Run, *, repeats: int = 7) -> Row:
 
 
 def replay(
-    world: World, module: nn.Module, optimizer: torch.optim.Optimizer, recorder: Recorder
+    world: World, module: nn.Module, optimizer: torch.optim.Optimizer, calls: list[Call]
 ) -> float:
     """Make the recorded calls on ``module`` with nothing around them; returns CPU-seconds."""
-    assert isinstance(module, Denoiser)
-    networks: dict[bool, Denoiser] = {False: module}
+    networks: dict[bool, Any] = {False: module}
     if world.models.ref is not None:
         networks[True] = reference(module)
     clock = time.process_time()
-    for grad, x_t, attend, positions, of_reference in recorder.calls:
+    for method, grad, inputs, options, of_reference in calls:
         with torch.set_grad_enabled(grad), world.autocast():
-            logits = networks[of_reference].predict(x_t, attend=attend, positions=positions)
+            output = getattr(networks[of_reference], method)(*inputs, **options)
         if grad:
-            logits.sum().backward()
+            torch.where(output.isfinite(), output, 0.0).sum().backward()
     for _ in range(world.run.optim.updates_per_rollout):
         optimizer.step()
     optimizer.zero_grad()

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 import math
 import os
 from pathlib import Path
 
 import torch
 
-from rescore.models.layouts import read_layout
-from rescore.models.miniature import write_miniature
-from rescore.sampling.decoder import Decoder
+from rescore.models.miniature import write_tiny_classifier
+from rescore.sampling.decoder import Decoding
+from rescore.tasks.reward_models import Conversations
 from rescore.tasks.text import TextTask
 from rescore.tasks.tokenizers import PretrainedTokenizer
-from rescore.training.pretrained import Pretrained
+from rescore.training.pretrained import Published
 from rescore.training.run import Run
 
-TEXTS = 64
-"""Problems that the tokenizer of the miniature learns from."""
+REQUESTS = ("Tell me about", "Write a poem about", "What is good about", "How do I draw")
+THINGS = ("a horse", "the sea", "rain", "bread", "a small town", "snow", "the moon", "an old car")
 
 
 def dry_run(run: Run, folder: Path) -> Run:
@@ -26,7 +28,7 @@ def dry_run(run: Run, folder: Path) -> Run:
 
     A checkpoint of random weights in the original's layout, with a tokenizer of the original's
     class, is written into ``folder`` (unless it is there), and weights and tokenizer are read from
-    it. Two rollouts of two groups, as few denoising steps as the method allows, a checkpoint after
+    it; with them, for a task that reads prompts and a reward model, tiny ones of both. Two rollouts of two groups, as few denoising steps as the method allows, a checkpoint after
     each; on the CPU if the device is not there. All other settings stay.
 
     Raises:
@@ -34,7 +36,7 @@ def dry_run(run: Run, folder: Path) -> Run:
     """
     task, base = run.task, run.base
     if not (
-        isinstance(base, Pretrained)
+        isinstance(base, Published)
         and isinstance(task, TextTask)
         and isinstance(task.tokenizer, PretrainedTokenizer)
     ):
@@ -42,41 +44,46 @@ def dry_run(run: Run, folder: Path) -> Run:
             f"--dry-run replaces pretrained weights, but this run starts from a "
             f"{type(base).__name__}; run it as it is, it is small"
         )
-    if (folder / "config.json").exists():
-        family = read_layout(str(folder)).family
-        if family != base.miniature:
-            raise ValueError(
-                f"{folder} holds a miniature of {family}, and this recipe wants one of "
-                f"{base.miniature}; delete it, or choose another --out"
-            )
-    else:
-        problems = task.problems("train")[:TEXTS]
-        texts = [f"{problem.question}\n{problem.gold}" for problem in problems]
-        write_miniature(folder, base.miniature, seed=run.seed, texts=texts, window=task.length)
-    tokenizer = dataclasses.replace(task.tokenizer, path=str(folder))
     cuda = torch.cuda.is_available() or not run.device.startswith("cuda")
+    device = run.device if cuda else "cpu"
+    if isinstance(task, Conversations):
+        task = _small_talk(task, folder, seed=run.seed, device=device)
+    base, path = base.in_miniature(task, folder, seed=run.seed, device=device)
+    tokenizer = dataclasses.replace(task.tokenizer, path=path)
     return dataclasses.replace(
         run,
         task=dataclasses.replace(task, tokenizer=tokenizer),
-        base=dataclasses.replace(base, weights=None, quantize=base.quantize if cuda else None),
+        base=base,
         decoder=_few_steps(run),
         steps=2,
         batch_size=math.lcm(2 * run.group_size, run.optim.mini_batches)
         * int(os.environ.get("WORLD_SIZE", "1")),
         evaluate=dataclasses.replace(run.evaluate, every=1, n=4, n_test=4),
         save_every=1,
-        device=run.device if cuda else "cpu",
+        device=device,
     )
 
 
-def _few_steps(run: Run) -> Decoder:
+def _small_talk(task: Conversations, folder: Path, *, seed: int, device: str) -> Conversations:
+    """The task with prompts made here and a reward model of random weights, both in the folder."""
+    source, reward_model = folder / "prompts.jsonl", folder / "reward-model"
+    if not (folder / "config.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        prompts = [" ".join(words) for words in itertools.product(REQUESTS, THINGS)]
+        source.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+        write_tiny_classifier(reward_model, seed=seed, texts=prompts)
+    return dataclasses.replace(
+        task, source=str(source), reward_model=str(reward_model), reward_device=device
+    )
+
+
+def _few_steps(run: Run) -> Decoding:
     """The decoder of a run with the fewest steps, at least two per block, that its method takes."""
-    decoder, names = run.decoder, tuple(run.task.reward.functions)
-    for per_block in range(2, decoder.steps_per_block):
-        shorter = dataclasses.replace(decoder, steps=per_block * decoder.blocks)
+    names = tuple(run.task.reward.functions)
+    for shorter in run.decoder.shorter():
         try:
             run.algorithm.check(shorter, run.group_size, names)
         except ValueError:
             continue
         return shorter
-    return decoder
+    return run.decoder

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from rescore.models.language import LanguageModel
-from rescore.models.language_files import save_adapter, save_merged
-from rescore.training.pretrained import Pretrained
+from rescore.training.pretrained import Published
 from rescore.training.run import Run
 from rescore.training.session import Loading, best_world
 
@@ -25,13 +23,15 @@ class Export(Loading):
 def export_run(run: Run, directory: Path, options: Export) -> Path:
     """Write the best weights of a run on a pretrained language model as a folder.
 
-    Adapters are in peft's format: ``PeftModel.from_pretrained(network, folder)`` reads them.
+    Adapters are in peft's format: ``PeftModel.from_pretrained(network, folder)`` reads them. All
+    weights together are in the layout of the original: ``load_language_model`` and ``load_sedd``
+    read them.
 
     Raises:
         ValueError: the run is not of a pretrained language model, there is nothing of the kind to
             write, or the folder exists.
     """
-    if not isinstance(run.base, Pretrained):
+    if not isinstance(run.base, Published):
         raise ValueError(
             f"{directory} did not start from a pretrained language model; its weights are the "
             f"safetensors in {directory / 'checkpoints'}"
@@ -39,10 +39,6 @@ def export_run(run: Run, directory: Path, options: Export) -> Path:
     if run.lora is None and not options.merged:
         raise ValueError(f"{directory} trained all weights, not adapters; export it with --merged")
     world = best_world(run, directory, options, run.decoder)
-    source = run.base.source(run.task)
-    assert isinstance(world.module, LanguageModel)
-    if options.merged or run.lora is None:
-        save_merged(world.module, options.out, source)
-    else:
-        save_adapter(world.module, run.lora, options.out, source)
+    adapters = None if options.merged else run.lora
+    run.base.export(world.module, options.out, run.task, adapters)
     return options.out

@@ -21,16 +21,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rescore.evaluation.metrics import evaluate, summarise
-from rescore.models.denoiser import Denoiser
 from rescore.objectives.advantages import zero_variance
 from rescore.rewards.reward import RewardError
-from rescore.sampling.policy import MaskedPolicy
+from rescore.sampling.policy import Policy
 from rescore.tasks.task import Split
 from rescore.training.log import Console, MetricsFile, Sink, TensorBoard
 from rescore.training.rollout import probe, rollout
 from rescore.training.update import update
 from rescore.training.world import TrainState, World, save_state
-from rescore.types import Scored
+from rescore.types import MaskedTrajectory, Scored
 
 EVALUATION_SEED = 0x5EED
 """Mixed into the run's seed, so that evaluation noise is not training noise."""
@@ -103,10 +102,12 @@ def train(world: World, out: Path, console: Console) -> None:
                     save()
                 raise
             rows = world.network_rows() - rows
-            if not probed:
-                console.note(f"ratio probe: {probe(world, scored):.1e} nat per step")
-                probed = True
             credited = run.algorithm.credit(scored)
+            gap = None if probed else probe(world, credited)
+            if gap is not None:
+                console.note(f"ratio probe: {gap:.1e} nat per action")
+                probed = True
+            run.algorithm.fit(world.models, credited)
             update_clock = time.perf_counter()
             rows -= world.network_rows()  # of the probe, which not every step makes
             metrics = update(world, credited, state.step)
@@ -151,7 +152,7 @@ def rollout_metrics(scored: Scored) -> dict[str, float]:
     metrics = {"reward": scored.reward.mean(), **{n: v.mean() for n, v in scored.terms.items()}}
     equal = zero_variance(scored.reward[:, None], trajectory.prompts.group)
     metrics["zero_variance_groups"] = equal.double().mean()
-    if trajectory.entropy is not None:
+    if isinstance(trajectory, MaskedTrajectory) and trajectory.entropy is not None:
         metrics["entropy"] = trajectory.entropy.sum(1).mean()
     if scored.completion_terms:
         counted = scored.step_weight != 0
@@ -171,24 +172,22 @@ def correlation(x: Float[Tensor, " N"], y: Float[Tensor, " N"]) -> Float[Tensor,
 
 
 def evaluate_split(
-    world: World, split: Split, n: int, *, network: Denoiser | None = None
+    world: World, split: Split, n: int, *, policy: Policy | None = None
 ) -> dict[str, Tensor]:
     """Per-sample terms on the first ``n`` prompts of a split, each process doing its share.
 
     Args:
-        world: whose averaged weights are evaluated, unless ``network`` is given.
+        world: whose averaged weights are evaluated, unless ``policy`` is given.
         split: of the task.
         n: prompts, if the split has so many.
-        network: evaluate this one instead.
+        policy: evaluate this one instead.
     """
     run, accelerator = world.run, world.accelerator
     index = torch.arange(min(n, run.task.size(split)))
     mine = index[accelerator.process_index :: accelerator.num_processes]
-    own = world.models.new
-    if network is not None:
-        own = MaskedPolicy(network, run.decoder, run.forward_rows)
+    own = world.models.new if policy is None else policy
     values, failure = {}, None
-    with nullcontext() if network is not None else world.averaged(), world.autocast():
+    with world.averaged() if policy is None else nullcontext(), world.autocast():
         try:
             values = evaluate(
                 own,

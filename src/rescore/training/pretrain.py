@@ -1,4 +1,4 @@
-"""Pre-train the small masked-diffusion bases that the project's own recipes start from."""
+"""Pre-train the small bases that the project's own recipes start from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rescore.models.transformer import Transformer, TransformerConfig
+from rescore.models.denoiser import NetworkConfig
 from rescore.tasks.task import Task
 from rescore.training.base import Base
 from rescore.training.supervised import Row, Supervised, fit
@@ -29,7 +29,7 @@ from rescore.training.supervised import Row, Supervised, fit
 class Pretrain(Supervised, Base):
     """Everything that defines a base model, apart from the task's data."""
 
-    model: TransformerConfig
+    model: NetworkConfig
     """Shape of the network; ``vocab_size`` and ``length`` must be the task's."""
 
     def build(
@@ -40,7 +40,7 @@ class Pretrain(Supervised, Base):
         cache: Path,
         device: torch.device | str,
         note: Callable[[str], None],
-    ) -> Transformer:
+    ) -> nn.Module:
         return cached_base(self, task, cache, seed=seed, device=device, progress=_teller(note))
 
     def continued(
@@ -51,8 +51,7 @@ class Pretrain(Supervised, Base):
         seed: int,
         cpu_s: float,
         note: Callable[[str], None],
-    ) -> Transformer:
-        assert isinstance(module, Transformer)
+    ) -> nn.Module:
         device = next(module.parameters()).device
         clock: list[float] = []  # at each row of a short trial, so that validation is timed too
 
@@ -78,10 +77,10 @@ def pretrain(
     task: Task,
     *,
     seed: int = 0,
-    start: Transformer | None = None,
+    start: nn.Module | None = None,
     device: torch.device | str = "cpu",
     progress: Callable[[Row], None] = lambda row: None,
-) -> Transformer:
+) -> nn.Module:
     """Train a base on ``task.clean("train")``; the same arguments give the same bits.
 
     Args:
@@ -96,14 +95,14 @@ def pretrain(
         ValueError: the model does not fit the task's vocabulary or length.
         RuntimeError: a gradient is not finite.
     """
-    shape = config.model if start is None else start.config
+    shape = config.model
     if (shape.vocab_size, shape.length) != (task.vocab_size, task.length):
         raise ValueError(
             f"model of vocab_size {shape.vocab_size} and length {shape.length} for a task of "
             f"vocab_size {task.vocab_size} and length {task.length}; make them equal"
         )
     generator = torch.Generator().manual_seed(seed)
-    model = Transformer(shape, generator=generator) if start is None else copy.deepcopy(start)
+    model = shape.network(generator) if start is None else copy.deepcopy(start)
     model.to(device)
     data, held_out = task.clean("train"), task.clean("validation")
     fit(model, data, held_out, config, generator, progress=progress)
@@ -118,7 +117,7 @@ def cached_base(
     seed: int = 0,
     device: torch.device | str = "cpu",
     progress: Callable[[Row], None] = lambda row: None,
-) -> Transformer:
+) -> nn.Module:
     """``pretrain``, or what an earlier call with the same configuration and data has stored.
 
     A base is a folder ``cache_dir/<hash>`` with ``base.safetensors`` and ``base.json``
@@ -131,7 +130,9 @@ def cached_base(
     """
     plain = {
         **dataclasses.asdict(config),
+        "network": type(config.model).__name__,
         "schedule": type(config.schedule).__name__,
+        "noise": str(config.noise),
         "seed": seed,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -147,7 +148,7 @@ def cached_base(
 
         model = pretrain(config, task, seed=seed, device=device, progress=log)
         _store(folder, plain, model, rows)
-    model = Transformer(config.model, generator=torch.Generator())
+    model = config.model.network(torch.Generator())
     try:
         model.load_state_dict(load_file(folder / "base.safetensors"))
     except (SafetensorError, RuntimeError, OSError) as error:
@@ -169,7 +170,7 @@ def _key(plain: dict[str, Any], task: Task) -> str:
     return digest.hexdigest()[:16]
 
 
-def _store(folder: Path, plain: dict[str, Any], model: Transformer, rows: list[Row]) -> None:
+def _store(folder: Path, plain: dict[str, Any], model: nn.Module, rows: list[Row]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".base-") as aside:
         whole = Path(aside) / "whole"

@@ -1,14 +1,19 @@
-"""A base whose weights somebody else trained: LLaDA, Dream or a masked language model."""
+"""Bases whose weights somebody else trained: LLaDA, Dream or a masked language model."""
 
 from __future__ import annotations
 
+import abc
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
+from torch import nn
 
+from rescore.models.finetune import Lora
 from rescore.models.language import (
     Dtype,
     LanguageModel,
@@ -17,16 +22,64 @@ from rescore.models.language import (
     load_language_model,
     read_mask_id,
 )
+from rescore.models.language_files import save_adapter, save_merged
 from rescore.models.layouts import read_layout
-from rescore.models.miniature import Family
+from rescore.models.miniature import Family, write_miniature
 from rescore.tasks.task import Task
 from rescore.tasks.text import TextTask
 from rescore.tasks.tokenizers import PretrainedTokenizer
 from rescore.training.base import Base
 
+TEXTS = 64
+"""Problems that the tokenizer of a miniature learns from."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class Pretrained(Base):
+class Published(Base):
+    """A base whose weights are read from files that others wrote, and written back as such."""
+
+    @abc.abstractmethod
+    def in_miniature(
+        self, task: TextTask, folder: Path, *, seed: int, device: str
+    ) -> tuple[Self, str]:
+        """The same base on random weights at tiny size, written into a folder unless it is there.
+
+        Args:
+            task: has a pretrained tokenizer; the tiny one learns from its problems.
+            folder: where to; weights are in the layout of the original.
+            seed: of the weights.
+            device: where they will be used.
+
+        Returns:
+            The base that reads them, and the path of the tiny tokenizer.
+
+        Raises:
+            ValueError: the folder holds a miniature of another model.
+        """
+
+    @abc.abstractmethod
+    def export(self, module: nn.Module, folder: Path, task: Task, adapters: Lora | None) -> None:
+        """Write a fine-tuned network as a new folder in a format that other programs read.
+
+        Args:
+            module: what ``build`` made, with other weights; not to be used afterwards.
+            folder: where to.
+            task: that it was built for.
+            adapters: write these alone; None = all weights in the original's layout, adapters added
+                in.
+
+        Raises:
+            ValueError: the folder exists, or there is no such format.
+        """
+
+
+def words_of(task: TextTask) -> list[str]:
+    """Texts of the first problems to train on."""
+    return [f"{problem.question}\n{problem.gold}" for problem in task.problems("train")[:TEXTS]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrained(Published):
     """A pretrained language model, from a folder or the hub; no code of the checkpoint runs."""
 
     weights: str | None = None
@@ -124,3 +177,26 @@ class Pretrained(Base):
             prompt_length=task.prompt_length if isinstance(task, TextTask) else 0,
             guidance=self.guidance,
         )
+
+    def in_miniature(
+        self, task: TextTask, folder: Path, *, seed: int, device: str
+    ) -> tuple[Self, str]:
+        if (folder / "config.json").exists():
+            family = read_layout(str(folder)).family
+            if family != self.miniature:
+                raise ValueError(
+                    f"{folder} holds a miniature of {family}, and this recipe wants one of "
+                    f"{self.miniature}; delete it, or choose another --out"
+                )
+        else:
+            texts = words_of(task)
+            write_miniature(folder, self.miniature, seed=seed, texts=texts, window=task.length)
+        quantize = self.quantize if device.startswith("cuda") else None
+        return dataclasses.replace(self, weights=None, quantize=quantize), str(folder)
+
+    def export(self, module: nn.Module, folder: Path, task: Task, adapters: Lora | None) -> None:
+        assert isinstance(module, LanguageModel)
+        if adapters is None:
+            save_merged(module, folder, self.source(task))
+        else:
+            save_adapter(module, adapters, folder, self.source(task))

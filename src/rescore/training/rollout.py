@@ -17,18 +17,18 @@ from rescore.sampling.rng import SampleRng
 from rescore.training.optim import TrainingError
 from rescore.training.run import Run
 from rescore.training.world import World
-from rescore.types import Prompts, Scored, Selected
+from rescore.types import Credited, MaskedTrajectory, Prompts, Scored, Selected
 
 PROBE_TOLERANCE = {
     "float32": (1e-5, 1e-5),
     "float64": (1e-12, 1e-12),
     "bfloat16": (0.05, 1.0),
 }
-"""Mean and largest difference allowed, in nats per step, between recorded and replayed
+"""Mean and largest difference allowed, in nats per action, between recorded and replayed
 log-probabilities. In bfloat16 neighbouring logits near 20 are 0.125 apart, so single steps may
 differ by that; a systematic difference shows in the mean."""
 PROBE_ROWS = 512
-"""Steps replayed by the probe."""
+"""Actions replayed by the probe."""
 
 
 def prompt_index(seed: int, step: int, n: int, size: int) -> Tensor:
@@ -82,7 +82,7 @@ def rollout(world: World, step: int) -> tuple[Scored, dict[str, float]]:
     scored = score(world, selected)
     clock.append((time.perf_counter(), time.process_time()))
     with world.autocast():
-        scored = run.algorithm.annotate(world.models, scored)
+        scored = run.algorithm.annotate(world.models, scored, rng)
     scored = gather(accelerator, scored)
     if not bool(scored.trajectory.log_prob.isfinite().all()):
         raise TrainingError(
@@ -152,6 +152,8 @@ def gather(accelerator: Accelerator, scored: Scored) -> Scored:
         assert isinstance(whole, Tensor)
         return whole.to(tensor.dtype)
 
+    if not isinstance(scored.trajectory, MaskedTrajectory):
+        return scored.map(all_ranks)
     widths = (scored.trajectory.max_revealed, scored.trajectory.max_candidates)
     widest = all_ranks(torch.tensor([widths], device=accelerator.device)).amax(0).tolist()
     whole = scored.map(all_ranks)
@@ -161,24 +163,27 @@ def gather(accelerator: Accelerator, scored: Scored) -> Scored:
     return dataclasses.replace(whole, trajectory=trajectory)
 
 
-def probe(world: World, scored: Scored) -> float:
-    """Replay recorded steps through the training path and compare their log-probabilities.
+def probe(world: World, credited: Credited) -> float | None:
+    """Put actions to the loss before the first update, where every ratio must be 1.
 
     Returns:
-        The largest absolute difference, nats per step.
+        The largest |log ratio|, nats per action; None if nothing is trained on in this batch.
 
     Raises:
-        TrainingError: it exceeds ``PROBE_TOLERANCE``: the ratio would not start at 1.
+        TrainingError: it exceeds ``PROBE_TOLERANCE``.
     """
-    run, trajectory = world.run, scored.trajectory
-    n_samples, n_steps = trajectory.log_prob.shape
-    rows = torch.arange(min(PROBE_ROWS, n_samples * n_steps), device=trajectory.log_prob.device)
-    sample, step = rows * n_samples // len(rows), rows % n_steps  # spread over both
-    recorded = trajectory.log_prob[sample, step]
-    with world.autocast():
-        paths, column = trajectory.take(sample), step[:, None]
-        replayed = world.models.new.log_probs(paths, column, run.algorithm.record.score)[:, 0]
-    gap = (replayed - recorded).abs().nan_to_num(nan=math.inf)
+    run, pairs = world.run, credited.pairs()
+    if not len(pairs):
+        return None
+    generator = torch.Generator().manual_seed(run.seed)  # an even stride could miss steps
+    pairs = pairs[torch.randperm(len(pairs), generator=generator)[:PROBE_ROWS].sort().values]
+    ratios = []
+    for part in pairs.split(run.optim.micro_batch):
+        actions = credited.actions(part)
+        rng = SampleRng(run.seed, actions.trajectory.prompts.sample_id)
+        with world.autocast(), torch.no_grad():
+            ratios.append(run.algorithm.loss(world.models, actions, rng).metrics["ratio"])
+    gap = torch.cat(ratios).log().abs().nan_to_num(nan=math.inf)
     mean, worst = gap.mean().item(), gap.max().item()
     tolerance = PROBE_TOLERANCE[run.precision]
     if not (mean <= tolerance[0] and worst <= tolerance[1]):

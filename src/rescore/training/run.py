@@ -15,7 +15,7 @@ import torch
 from rescore.algorithms.base import Algorithm
 from rescore.models.finetune import Lora
 from rescore.models.language import require
-from rescore.sampling.decoder import Decoder
+from rescore.sampling.decoder import Decoding
 from rescore.tasks.task import Task
 from rescore.training.base import Base
 from rescore.training.optim import Optim
@@ -49,7 +49,7 @@ class Run:
     """Prompts, reward and splits."""
     base: Base
     """Where the network comes from."""
-    decoder: Decoder
+    decoder: Decoding
     """How it is sampled, in training and evaluation."""
     algorithm: Algorithm
     """The method, which is its own configuration."""

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from rescore.evaluation.film import film_strip
 from rescore.evaluation.metrics import summarise
 from rescore.evaluation.report import build_report
-from rescore.models.denoiser import Denoiser
 from rescore.models.finetune import reference
-from rescore.sampling.decoder import Decoder
-from rescore.sampling.policy import MaskedPolicy
+from rescore.sampling.decoder import Decoding
+from rescore.sampling.policy import Policy
 from rescore.sampling.record import Record
 from rescore.sampling.rng import SampleRng
 from rescore.tasks.task import Split
@@ -34,10 +33,11 @@ from rescore.training.run import Precision, Run
 from rescore.training.world import (
     World,
     accelerator_for,
-    as_denoiser,
+    as_network,
     build,
     load_state,
     load_weights,
+    policy_with,
 )
 
 
@@ -119,15 +119,16 @@ def finish(world: World, origin: Origin, out: Path, console: Console) -> None:
     """Evaluate the best checkpoint and the base on the test split; write the table and the film."""
     run = world.run
     load_best(world, out / "checkpoints")
-    best = world.models.new.denoiser
+    best = world.models.new
     if run.lora is not None:
-        base = reference(world.module)
+        base = policy_with(reference(world.module), run)
     else:
-        base = as_denoiser(build_base(run, world.accelerator, console.note), run)
+        module = build_base(run, world.accelerator, console.note)
+        base = policy_with(as_network(module, run), run)
     rows: list[dict[str, Any]] = []
 
-    def assess(label: str, network: Denoiser, cpu_s: float | None) -> dict[str, Tensor]:
-        values = evaluate_split(world, "test", run.evaluate.n_test, network=network)
+    def assess(label: str, policy: Policy, cpu_s: float | None) -> dict[str, Tensor]:
+        values = evaluate_split(world, "test", run.evaluate.n_test, policy=policy)
         rows.append({"label": label, "metrics": summarise(values), "cpu_s": cpu_s})
         return values
 
@@ -142,7 +143,8 @@ def finish(world: World, origin: Origin, out: Path, console: Console) -> None:
             note=console.note,
         )
         seconds = time.process_time() - clock
-        assess("base, further pre-trained for as long", as_denoiser(longer, run), seconds)
+        control = policy_with(as_network(longer, run), run)
+        assess("base, further pre-trained for as long", control, seconds)
     after = assess(f"after RL ({origin.recipe})", best, world.state.cpu_s)
     if world.accelerator.is_main_process:
         result = {
@@ -155,7 +157,9 @@ def finish(world: World, origin: Origin, out: Path, console: Console) -> None:
         }
         write_json(out / "result.json", result)
         changed = (before[run.evaluate.by] != after[run.evaluate.by]).nonzero()
-        write_film(world, base, best, int(changed[0]) if len(changed) else 0, out)
+        number = int(changed[0]) if len(changed) else 0
+        if run.task.gold(run.task.prompts("test", torch.tensor([number]))) is not None:
+            write_film(world, base, best, number, out)
         for row in rows:
             console.note(result_line(row))
 
@@ -170,13 +174,13 @@ def load_best(world: World, directory: Path) -> None:
     load_weights(world.module, tensors)
 
 
-def write_film(world: World, base: Denoiser, best: Denoiser, number: int, out: Path) -> None:
+def write_film(world: World, base: Policy, best: Policy, number: int, out: Path) -> None:
     """Film one test prompt before and after on the same noise: the first whose outcome changed."""
     run = world.run
     with world.autocast():
         strips = [
             film_strip(
-                MaskedPolicy(network, run.decoder),
+                policy,
                 run.task,
                 "test",
                 number,
@@ -184,7 +188,7 @@ def write_film(world: World, base: Denoiser, best: Denoiser, number: int, out: P
                 label=label,
                 device=world.accelerator.device,
             )
-            for label, network in (("before", base), ("after", best))
+            for label, policy in (("before", base), ("after", best))
         ]
     film = {
         "title": f"Test prompt {number}, the first whose {run.evaluate.by} changed; {run.decoder}",
@@ -209,7 +213,7 @@ class Loading:
 class Evaluation(Loading):
     """How to evaluate the best checkpoint of a run."""
 
-    decoder: Decoder
+    decoder: Decoding
     """How it is sampled."""
     seed: int
     """Of the noise."""
@@ -280,7 +284,7 @@ def sample_run(run: Run, directory: Path, options: Sampling) -> list[str]:
     ]
 
 
-def best_world(run: Run, directory: Path, options: Loading, decoder: Decoder) -> World:
+def best_world(run: Run, directory: Path, options: Loading, decoder: Decoding) -> World:
     """The world of a run with its best weights, to be used with a decoder.
 
     Raises:

@@ -22,7 +22,7 @@ from rescore.training.directory import default_cache
 from rescore.training.pretrained import Pretrained
 from rescore.training.run import Run
 from rescore.training.supervised import Row, Supervised, fit
-from rescore.training.world import accelerator_for, as_denoiser
+from rescore.training.world import accelerator_for, as_network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ def sft(run: Run, options: Sft, note: Callable[[str], None]) -> Path:
     module = replace(base, guidance=0.0).build(  # guidance belongs to sampling
         task, seed=run.seed, cache=default_cache(), device=accelerator.device, note=note
     )
-    as_denoiser(module, run)
+    as_network(module, run)
     generator = torch.Generator().manual_seed(run.seed)
     add_lora(module, run.lora, generator=generator)
 

@@ -1,7 +1,8 @@
-"""Supervised training of a denoiser on finished sequences: for bases, and for warm starts.
+"""Supervised training of a network on finished sequences: for bases, and for warm starts.
 
-MDLM (arXiv:2406.07524): minimise the masked cross-entropy over stratified times. Noise goes to the
-positions that the model writes, prompts stay as they are. All randomness comes from seeded
+Denoisers minimise the masked cross-entropy (MDLM, arXiv:2406.07524), score networks the denoising
+score entropy (SEDD, arXiv:2310.16834), over stratified times. Noise goes to the positions that the
+model writes, prompts stay as they are. All randomness comes from seeded
 generators; noise is drawn on the CPU in float64, whatever the device.
 """
 
@@ -16,10 +17,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from rescore.models.denoiser import Denoiser
+from rescore.models.denoiser import Denoiser, ScoreNetwork
 from rescore.objectives.denoising import masked_cross_entropy
+from rescore.objectives.score_entropy import score_entropy
 from rescore.processes.masked import mask_tokens
-from rescore.processes.schedules import Linear, Schedule
+from rescore.processes.schedules import Linear, LogLinear, Noise, Schedule
 from rescore.types import Examples
 
 MIN_T = 1e-3
@@ -28,7 +30,7 @@ MIN_T = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class Supervised:
-    """How a denoiser is trained on finished sequences."""
+    """How a network is trained on finished sequences."""
 
     steps: int
     """Optimiser steps."""
@@ -43,7 +45,9 @@ class Supervised:
     clip: float = 1.0
     """Largest norm of the gradient of the mean loss per position."""
     schedule: Schedule = dataclasses.field(default_factory=Linear)
-    """Law of the training times."""
+    """Law of the training times of a denoiser."""
+    noise: Noise = dataclasses.field(default_factory=LogLinear)
+    """Law of the noise levels of a score network."""
     validate_every: int = 50
     """Steps between two rows of the log."""
     validation_rows: int = 1024
@@ -84,10 +88,10 @@ def fit(
     micro_batch: int | None = None,
     progress: Callable[[Row], None] = lambda row: None,
 ) -> None:
-    """Train the parameters of a denoiser that require gradients, in place.
+    """Train the parameters that require gradients, in place.
 
     Args:
-        module: a ``Denoiser``.
+        module: a ``Denoiser`` or a ``ScoreNetwork``.
         data: what to learn from.
         held_out: for the validation loss.
         config: how.
@@ -98,7 +102,7 @@ def fit(
     Raises:
         RuntimeError: a gradient is not finite.
     """
-    assert isinstance(module, Denoiser)
+    assert isinstance(module, Denoiser | ScoreNetwork)
     parameters = [p for p in module.parameters() if p.requires_grad]
     device = parameters[0].device
     optimizer = torch.optim.AdamW(parameters, weight_decay=config.weight_decay)
@@ -117,7 +121,7 @@ def fit(
         u = torch.rand(shape, generator=generator, dtype=torch.float64)
         optimizer.zero_grad()
         for part in torch.arange(config.batch).split(micro_batch or config.batch):
-            loss = bound(module, data.take(row[part]), t[part], u[part], config.schedule, device)
+            loss = bound(module, data.take(row[part]), t[part], u[part], config, device)
             loss = loss.sum() / config.batch
             (loss / n_editable).backward()
             total = total + loss.detach()
@@ -132,20 +136,45 @@ def fit(
 
 
 def bound(
-    model: Denoiser,
+    model: Denoiser | ScoreNetwork,
     examples: Examples,
     t: Float[Tensor, " B"],
     u: Float[Tensor, "B L"],
-    schedule: Schedule,
+    config: Supervised,
     device: torch.device | str = "cpu",
 ) -> Float[Tensor, " B"]:
     """One-sample estimate of the bound on -log p(x_0), nats; examples and noise on the CPU.
 
-    ``device`` is the model's.
+    ``device`` is the model's. That of a score network leaves out the divergence at full noise.
     """
+    if isinstance(model, ScoreNetwork):
+        return _score_entropy(model, examples, t, u, config.noise, device)
+    schedule = config.schedule
     x_t = mask_tokens(examples.x_0, examples.editable, schedule.alpha(t), u, model.mask_id)
     weight = schedule.weight(t).float()
     return _cross_entropy(model, examples, x_t == model.mask_id, weight, device)
+
+
+def _score_entropy(
+    model: ScoreNetwork,
+    examples: Examples,
+    t: Float[Tensor, " B"],
+    u: Float[Tensor, "B L"],
+    noise: Noise,
+    device: torch.device | str,
+) -> Float[Tensor, " B"]:
+    """rate(t) times the denoising score entropy, on the model's device."""
+    process, total_noise = model.process, noise.total_noise(t)
+    x_t = torch.where(
+        examples.editable, process.noised(examples.x_0, total_noise, u.double()), examples.x_0
+    )
+    probs = process.noised_probs(examples.x_0, total_noise)
+    ratio = probs / probs.gather(-1, x_t[..., None])
+    attend = None if examples.attend is None else examples.attend.to(device)
+    log_score = model.log_score(x_t.to(device), total_noise.float().to(device), attend=attend)
+    rates = process.backward_rates(x_t).to(device)
+    entropy = score_entropy(log_score, ratio.to(log_score), rates, examples.editable.to(device))
+    return noise.rate(t).float().to(device) * entropy
 
 
 def _cross_entropy(
@@ -180,7 +209,7 @@ def rate(step: int, config: Supervised) -> float:
 
 @torch.no_grad()
 def validation_bound(
-    model: Denoiser,
+    model: Denoiser | ScoreNetwork,
     examples: Examples,
     config: Supervised,
     device: torch.device | str = "cpu",
@@ -199,6 +228,10 @@ def validation_bound(
     total = 0.0
     for part in row.split(micro_batch or config.batch):
         some = examples.take(part % shape[0])
+        if isinstance(model, ScoreNetwork):
+            t = MIN_T + (1 - MIN_T) * (part.double() + 0.5) / rows
+            total += bound(model, some, t, noise[part], config, device).double().sum().item()
+            continue
         n_editable = some.editable.sum(1)
         n_masked = 1 + part * n_editable // rows
         u = torch.where(some.editable, noise[part], 2.0)

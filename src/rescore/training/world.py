@@ -13,9 +13,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from rescore.models.denoiser import Counted, Denoiser
+from rescore.models.critics import critic_for
+from rescore.models.denoiser import Denoiser, ScoreNetwork
 from rescore.models.finetune import Ema, add_lora, reference, trainable_state
-from rescore.sampling.policy import MaskedPolicy, Models
+from rescore.models.inputs import check_scores
+from rescore.sampling.policy import Models, Policy, policy_of
 from rescore.training import checkpoint
 from rescore.training.checkpoint import Checkpoint
 from rescore.training.optim import UpdateCounts, Updater
@@ -52,8 +54,7 @@ class World:
     def network_rows(self) -> int:
         """Canvases that this process has put through the network so far, with the reference's."""
         policies = [self.models.new, self.models.ref]
-        networks = [policy.denoiser for policy in policies if policy is not None]
-        return sum(network.rows for network in networks if isinstance(network, Counted))
+        return sum(policy.rows for policy in policies if policy is not None)
 
     def averaged(self) -> AbstractContextManager[Any]:
         """A context in which the module holds the averaged weights, if the run averages."""
@@ -86,19 +87,19 @@ def accelerator_for(run: Run) -> Accelerator:
     return Accelerator(cpu=device.type == "cpu")
 
 
-def as_denoiser(module: nn.Module, run: Run) -> Denoiser:
+def as_network(module: nn.Module, run: Run) -> Denoiser | ScoreNetwork:
     """The module in the run's precision and in evaluation mode, in place.
 
     Evaluation mode throughout: dropout would make old and new log-probabilities disagree. Under
     ``bfloat16`` frozen weights may be narrow; what trains may not.
 
     Raises:
-        ValueError: the module is not a ``Denoiser``.
+        ValueError: the module is neither a ``Denoiser`` nor a ``ScoreNetwork``.
     """
-    if not isinstance(module, Denoiser):
+    if not isinstance(module, Denoiser | ScoreNetwork):
         raise ValueError(
-            f"the base built a {type(module).__name__}, which is not a Denoiser; it needs "
-            f"vocab_size, mask_id and predict()"
+            f"the base built a {type(module).__name__}, which is no Denoiser (vocab_size, mask_id "
+            f"and predict()) and no ScoreNetwork (process and log_score())"
         )
     if run.precision != "bfloat16":
         module.to(getattr(torch, run.precision))
@@ -108,15 +109,23 @@ def as_denoiser(module: nn.Module, run: Run) -> Denoiser:
     return module
 
 
+def policy_with(network: Denoiser | ScoreNetwork, run: Run) -> Policy:
+    """The policy of a network under the decoder of a run."""
+    return policy_of(network, run.decoder, run.forward_rows)
+
+
 def build(run: Run, module: nn.Module, accelerator: Accelerator) -> World:
     """Policies and optimiser around a base network."""
-    denoiser = as_denoiser(module.to(accelerator.device), run)
+    network = as_network(module.to(accelerator.device), run)
+    prompts = run.task.prompts("train", torch.zeros(1, dtype=torch.long))
+    if isinstance(network, ScoreNetwork):
+        check_scores(network, prompts.tokens.to(accelerator.device), run.task.mask_id)
     if run.lora is not None:
         generator = torch.Generator().manual_seed(run.seed)
         add_lora(module, run.lora, generator=generator)
     ref = None
     if run.algorithm.uses_reference:
-        ref = MaskedPolicy(Counted(reference(module)), run.decoder, run.forward_rows)
+        ref = policy_with(reference(module), run)
     narrow = [n for n, p in module.named_parameters() if p.requires_grad and p.itemsize < 4]
     if narrow:
         raise ValueError(
@@ -124,11 +133,18 @@ def build(run: Run, module: nn.Module, accelerator: Accelerator) -> World:
             f"small updates; train adapters (lora), or load the base in float32"
         )
     ema = Ema(module, decay=run.ema) if run.ema else None
+    critic = None
+    if run.algorithm.uses_critic:
+        n_tokens = max(run.task.vocab_size, run.task.mask_id + 1)
+        critic = critic_for(prompts, n_tokens, run.seed)
+        critic.to(accelerator.device)
+    models = Models(new=policy_with(network, run), ref=ref, critic=critic)
+    run.algorithm.check_models(models)
     return World(
         run=run,
         accelerator=accelerator,
         module=module,
-        models=Models(new=MaskedPolicy(Counted(denoiser), run.decoder, run.forward_rows), ref=ref),
+        models=models,
         updater=Updater(module, run.optim, accelerator, ema),
     )
 
@@ -142,6 +158,8 @@ def save_state(world: World, directory: Path) -> None:
     }
     if updater.ema is not None:
         tensors["ema"] = updater.ema.state_dict()
+    if world.models.critic is not None:
+        tensors["critic"] = world.models.critic.saved()
     keep = [] if state.best_step is None else [state.best_step]
     counters = {"train": dataclasses.asdict(state), "updates": dataclasses.asdict(updater.counts)}
     saved = Checkpoint(state.step, tensors, counters)
@@ -160,6 +178,8 @@ def load_state(world: World, directory: Path, step: int) -> None:
     checkpoint.load_optimizer_tensors(updater.optimizer, updater.named, saved.tensors["optimizer"])
     if updater.ema is not None:
         updater.ema.load_state_dict(saved.tensors["ema"])
+    if world.models.critic is not None:
+        world.models.critic.restore(saved.tensors["critic"])
     world.state = TrainState(**saved.state["train"])
     updater.counts = UpdateCounts(**saved.state["updates"])
 

@@ -1,0 +1,101 @@
+"""The sampling loop of processes in continuous time: scores x decoder -> trajectory."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rescore.models.denoiser import ScoreNetwork
+from rescore.processes import ctmc
+from rescore.processes.ctmc import Process
+from rescore.sampling.decoder import Move, RateDecoder
+from rescore.sampling.record import Record
+from rescore.sampling.rng import Rng, Stream
+from rescore.sampling.slots import random_steps
+from rescore.types import Prompts, RateTrajectory
+
+
+def move_probs(
+    process: Process,
+    x: Int[Tensor, "B L"],
+    log_score: Float[Tensor, "B L S"],
+    kind: Move,
+    length: Float[Tensor, " B"],
+    predictor: str,
+) -> Float[Tensor, "B L S"]:
+    """The law of every token after a step of this kind; tokens move independently of each other.
+
+    Sampler and losses both call this, so they cannot disagree.
+    """
+    if kind == "corrector":
+        return ctmc.corrector_probs(process, x, log_score, length)
+    if kind == "denoise":
+        return ctmc.denoise_probs(process, x, log_score, length)
+    step = ctmc.euler_probs if predictor == "euler" else ctmc.analytic_probs
+    return step(process, x, log_score, length)
+
+
+def tokens_log_prob(
+    probs: Float[Tensor, "B L S"], token: Int[Tensor, "B L"], editable: Bool[Tensor, "B L"]
+) -> Float[Tensor, " B"]:
+    """Sum over the editable positions of the log-probability of the token drawn there, nats."""
+    drawn = probs.gather(-1, token[..., None]).squeeze(-1)
+    return torch.where(editable, torch.where(editable, drawn, 1.0).log(), 0.0).sum(-1)
+
+
+def start_of(process: Process, prompts: Prompts, rng: Rng) -> Int[Tensor, "B L"]:
+    """x_1: the law at infinite noise where the canvas is editable, the prompt elsewhere."""
+    canvas = prompts.tokens
+    if process.mask_id is not None:
+        return torch.where(prompts.editable, process.mask_id, canvas)
+    where = torch.arange(canvas.shape[1], device=canvas.device).expand(canvas.shape)
+    even = torch.ones((*canvas.shape, process.n_states), device=canvas.device)
+    return torch.where(prompts.editable, rng.categorical(even, Stream.START, 0, where), canvas)
+
+
+def sample_rates(
+    network: ScoreNetwork, decoder: RateDecoder, prompts: Prompts, record: Record, rng: Rng
+) -> RateTrajectory:
+    """Run the reverse chain; given tokens are put back after every step, so they never move.
+
+    Network rows: T + n_c forwards of B canvases. Memory: the canvas, scalars per step, and the
+    moves kept. The caller decides about gradients.
+    """
+    n_samples, length = prompts.tokens.shape
+    moves, device = decoder.moves(), prompts.tokens.device
+    where = torch.arange(length, device=device).expand(n_samples, -1)
+    everything = torch.ones((n_samples, len(moves)), dtype=torch.bool, device=device)
+    if record.moves == "all":
+        kept_step = torch.arange(len(moves), device=device).expand(n_samples, -1)
+    elif record.moves:
+        kept_step = random_steps(everything, record.moves, rng).sort(1).values
+    else:
+        kept_step = where[:, :0]
+    before = prompts.tokens[:, None, :].repeat(1, kept_step.shape[1], 1)
+    after = before.clone()
+
+    x = start_of(network.process, prompts, rng)
+    log_probs = []
+    for k, (kind, level, size) in enumerate(moves):
+        noise = torch.full((n_samples,), level, device=device)
+        log_score = network.log_score(x, noise, attend=prompts.attend)
+        size_of = torch.full_like(noise, size)
+        probs = move_probs(network.process, x, log_score, kind, size_of, decoder.predictor)
+        drawn = rng.categorical(probs, Stream.TOKEN, k, where)
+        moved = torch.where(prompts.editable, drawn, x)
+        log_probs.append(tokens_log_prob(probs, moved, prompts.editable))
+        if record.moves:
+            now = (kept_step == k)[..., None]
+            before = torch.where(now, x[:, None], before)
+            after = torch.where(now, moved[:, None], after)
+        x = moved
+
+    return RateTrajectory(
+        prompts=prompts,
+        x_0=x,
+        log_prob=torch.stack(log_probs, 1),
+        step=kept_step,
+        before=before,
+        after=after,
+    )
