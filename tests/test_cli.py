@@ -193,10 +193,10 @@ def test_bench_writes_its_rows(tmp_path, capsys):
 def test_verify_writes_its_rows_and_fails_with_them(tmp_path, monkeypatch, capsys):
     """Exit 0 when every row is ok; exit 1, with the rows written, when one is not."""
     import rescore.proof.verify as proof
-    from rescore.proof.cases import Case
+    from rescore.proof.cases import Claim
 
     cases = list(proof.CASES["reinforce"]())
-    kept: list[Case] = [case for case in cases if case.factor == 0.5][:1]
+    kept: list[Claim] = [case for case in cases if case.factor == 0.5][:1]
     monkeypatch.setattr(proof, "CASES", {"reinforce": lambda: iter(kept)})
     file = tmp_path / "rows.json"
     assert "1 rows, 1 ok" in ok(capsys, "verify", "reinforce", "--json", file)

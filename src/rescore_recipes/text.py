@@ -35,7 +35,7 @@ def text_sepo_rlhf() -> Run:
         steps=60,
         batch_size=128,
         group_size=4,
-        optim=Optim(lr=3e-4, epochs=2),
+        optim=Optim(lr=1e-4, epochs=2),
         evaluate=Evaluate(every=10, n=256, n_test=512, by="preference"),
         save_every=20,
     )

@@ -317,17 +317,19 @@ def test_standard_deviation_is_divided_out():
 
 
 def test_the_critic_is_subtracted_before_it_learns():
-    """Advantage r - V with the V of earlier rollouts; ``fit`` then moves V towards the mean."""
-    algorithm = Sepo(baseline="critic", normalise_std=False, critic_lr=0.5, critic_epochs=200)
+    """Advantage r - V with the V of earlier rollouts; the first rollout only fits V."""
+    algorithm = Sepo(baseline="critic", normalise_std=False, critic_lr=0.02, critic_epochs=3)
     models, scored = scored_by(algorithm, UNIFORM)
     credited = algorithm.credit(scored)
-    torch.testing.assert_close(credited.advantage[:, 0], scored.reward)  # V starts at 0
+    assert len(credited.pairs()) == 0
     algorithm.fit(models, credited)
     assert models.critic is not None
     value = models.critic.value(scored.trajectory.prompts)
-    torch.testing.assert_close(value.double(), scored.reward.mean().expand(8), atol=0.02, rtol=0)
+    torch.testing.assert_close(value.double(), scored.reward.mean().expand(8), atol=0.1, rtol=0)
     again = algorithm.annotate(models, replace(scored, notes={}), SampleRng(0, torch.arange(8)))
-    assert algorithm.credit(again).advantage.mean().abs() < 0.02
+    found = algorithm.credit(again)
+    torch.testing.assert_close(found.advantage[:, 0], scored.reward - value.detach().double())
+    assert len(found.pairs()) == 8
 
 
 def test_the_path_kl_is_positive_and_zero_against_itself():

@@ -74,18 +74,21 @@ def test_a_prompt_without_given_tokens_has_a_value():
 
 
 def test_a_new_critic_expects_nothing():
-    """V = 0 everywhere, so the first batch keeps its rewards as they are; weights are seeded."""
-    assert bool((critic_for(prompts(), MASK + 1, 0).value(prompts()) == 0).all())
+    """V = 0 everywhere, and it says that it was never fitted; weights are seeded."""
+    new = critic_for(prompts(), MASK + 1, 0)
+    assert bool((new.value(prompts()) == 0).all()) and not new.fitted
+    new.fit(prompts(), REWARD, lr=0.01, epochs=1)
+    assert new.fitted
     one, same, other = (critic_for(prompts(), MASK + 1, seed) for seed in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
-    assert not torch.equal(next(one.parameters()), next(other.parameters()))
+    assert not torch.equal(dict(one.named_parameters())["token"], other.get_parameter("token"))
 
 
 def test_fit_lowers_the_error_to_what_the_prompt_explains():
     """It returns the mean squared error before its first step."""
     critic = critic_for(prompts(), MASK + 1, 0)
     before = critic.fit(prompts(), REWARD, lr=0.02, epochs=1)
-    torch.testing.assert_close(before, REWARD.square().mean())
+    torch.testing.assert_close(before, REWARD.var(correction=0))  # it starts at the mean
     assert not before.requires_grad
     second = critic.fit(prompts(), REWARD, lr=0.02, epochs=150)
     last = critic.fit(prompts(), REWARD, lr=0.02, epochs=1)
@@ -95,13 +98,14 @@ def test_fit_lowers_the_error_to_what_the_prompt_explains():
 def test_fit_works_where_gradients_are_off_and_uses_its_learning_rate():
     """The trainer rolls out without gradients; a rate of 0 moves nothing."""
     critic = learned()
-    before = [p.detach().clone() for p in critic.parameters()]
+    critic.fitted.fill_(True)
+    before = {name: p.detach().clone() for name, p in critic.named_parameters()}
     with torch.no_grad():
         critic.fit(prompts(), REWARD, lr=0.0, epochs=3)
-        assert all(torch.equal(a, b) for a, b in zip(before, critic.parameters(), strict=True))
+        assert all(torch.equal(before[name], p) for name, p in critic.named_parameters())
         critic.fit(prompts(), REWARD.double(), lr=0.01, epochs=1)
-    assert all(bool((a != b).any()) for a, b in zip(before, critic.parameters(), strict=True))
-    step = (critic.level.detach() - before[-1]).abs()
+    assert all(bool((before[name] != p).any()) for name, p in critic.named_parameters())
+    step = (critic.level.detach() - before["level"]).abs()
     torch.testing.assert_close(step, torch.full_like(step, 0.01), rtol=0.5, atol=0)
 
 

@@ -13,7 +13,7 @@ from rescore.algorithms import algorithms
 from rescore.algorithms.egspo import Egspo
 from rescore.algorithms.reinforce import Reinforce
 from rescore.proof import cases as claims
-from rescore.proof.cases import CASES, Case, exact_score
+from rescore.proof.cases import CASES, Case, Claim, exact_score
 from rescore.proof.oracle import EnumeratingRng, Groups, enumerate_paths
 from rescore.proof.verify import check, expected_figures, print_rows, verify
 from rescore.proof.worlds import POLICY_SEED, REFERENCE_SEED, Tabled, World
@@ -44,9 +44,11 @@ def test_every_option_is_as_claimed_on_its_smallest_world():
     assert [row for row in rows if not row.ok] == []
 
 
-def _size(case: Case) -> int:
+def _size(case: Claim) -> int:
     world = case.world
-    return world.vocab_size**world.length * world.steps
+    if isinstance(world, World):
+        return world.vocab_size**world.length * world.steps
+    return 0  # all of them are tiny
 
 
 @pytest.mark.slow

@@ -80,7 +80,7 @@ class Sepo(Algorithm):
     """The ratio is clipped at 1 + clip_high."""
     baseline: Baseline | Literal["critic"] = "group_mean"
     """What is subtracted from the reward: something of the group, or a critic that sees the prompt
-    only (a learned number where there is none)."""
+    only (a learned number where there is none), which the first rollout serves alone."""
     normalise_std: bool = True
     """Divide by the standard deviation of the group, as GRPO does: biased."""
     masks: int = 4
@@ -100,7 +100,7 @@ class Sepo(Algorithm):
     """Steps of the chain, drawn at random, that estimate the path KL; two network rows each."""
     critic_lr: float = 0.01
     """Learning rate of the critic."""
-    critic_epochs: int = 5
+    critic_epochs: int = 10
     """Optimiser steps of the critic per rollout."""
 
     citation: ClassVar[str] = """@article{zekri2025sepo,
@@ -215,15 +215,16 @@ class Sepo(Algorithm):
 
         at_most = max(1, policy.forward_rows // rows)
         notes["log_policy_old"] = torch.cat(over_rows(part, len(trajectory.x_0), at_most=at_most))
-        if models.critic is not None:
-            notes["value"] = models.critic.value(trajectory.prompts)
+        if models.critic is not None:  # the first rollout is for the critic alone
+            value = models.critic.value(trajectory.prompts)
+            notes["value"] = torch.where(models.critic.fitted, value, torch.nan)
         one_column = {name: note[:, None] for name, note in notes.items()}
         return replace(scored, notes={**scored.notes, **one_column})
 
     def credit(self, scored: Scored) -> Credited:
         group, reward = scored.trajectory.prompts.group, scored.reward[:, None]
         if self.baseline == "critic":
-            advantage = reward - scored.notes["value"].to(reward)
+            advantage = (reward - scored.notes["value"].to(reward)).nan_to_num(nan=0.0)
         else:
             advantage = centre(reward, group, self.baseline)
         if self.normalise_std:

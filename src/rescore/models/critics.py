@@ -21,6 +21,15 @@ class Critic(nn.Module, abc.ABC):
     """V(c), the expected reward of a prompt, and the optimiser that fits it."""
 
     optimizer: torch.optim.Adam
+    level: nn.Parameter
+    """What is added to everything else; starts at the mean of the first rewards."""
+    fitted: Tensor
+    """Whether it has seen any reward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.level = nn.Parameter(torch.zeros(()))
+        self.register_buffer("fitted", torch.tensor(False))
 
     @abc.abstractmethod
     def value(self, prompts: Prompts) -> Float[Tensor, " B"]:
@@ -30,6 +39,10 @@ class Critic(nn.Module, abc.ABC):
         self, prompts: Prompts, reward: Float[Tensor, " B"], *, lr: float, epochs: int
     ) -> Float[Tensor, ""]:
         """``epochs`` Adam steps on the mean squared error over a batch; returns the first error."""
+        if not self.fitted:
+            with torch.no_grad():
+                self.level.copy_(reward.mean())
+                self.fitted.fill_(True)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         errors = []
@@ -51,8 +64,10 @@ class Critic(nn.Module, abc.ABC):
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Continue from ``saved()``."""
-        weights = {n.removeprefix("weight."): v for n, v in state.items() if n[0] == "w"}
-        self.load_state_dict(weights)
+        prefix = "weight."
+        self.load_state_dict(
+            {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+        )
         moments: dict[int, dict[str, Tensor]] = {}
         for name, value in state.items():
             if name.startswith("moment."):
@@ -67,7 +82,6 @@ class ScalarCritic(Critic):
 
     def __init__(self) -> None:
         super().__init__()
-        self.level = nn.Parameter(torch.zeros(()))
         self.optimizer = torch.optim.Adam(self.parameters())
 
     def value(self, prompts: Prompts) -> Float[Tensor, " B"]:
@@ -92,7 +106,6 @@ class PromptCritic(Critic):
         self.position = nn.Parameter(torch.randn(length, width, generator=generator))
         self.hidden = nn.Parameter(torch.randn(width, width, generator=generator) * width**-0.5)
         self.out = nn.Parameter(torch.zeros(width))
-        self.level = nn.Parameter(torch.zeros(()))
         self.optimizer = torch.optim.Adam(self.parameters())
 
     def value(self, prompts: Prompts) -> Float[Tensor, " B"]:
