@@ -30,7 +30,7 @@ from rescore.tasks.dna import Dna
 from rescore.tasks.dna_metrics import log_likelihood_bound
 from rescore.training.run import Run
 from rescore.training.session import Loading, best_world, build_base
-from rescore.training.world import accelerator_for
+from rescore.training.world import accelerator_for, build
 from rescore_recipes import dna
 
 METHODS = {
@@ -40,6 +40,10 @@ METHODS = {
     "gradient flow": dna.dna_sepo_gf,
 }
 """Method to its recipe; "elbo", "conditional" and "gradient flow" are SEPO."""
+COMPARED = (0.0, 0.01)
+"""KL weights of the methods that have no frontier of their own."""
+FRONTIER = ("elbo", "conditional")
+"""Methods that are run with every KL weight."""
 COLUMNS = (
     "median_activity",
     "median_true_activity",
@@ -62,8 +66,8 @@ class Options:
     """Run directories, table and plot go here."""
     methods: tuple[str, ...] = tuple(METHODS)
     """Of ``METHODS``."""
-    betas: tuple[float, ...] = (0.0, 0.003, 0.01, 0.03, 0.1)
-    """KL weights."""
+    betas: tuple[float, ...] = (0.0, 0.01, 0.003, 0.03, 0.1)
+    """KL weights; methods other than ``FRONTIER`` take those in ``COMPARED``."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the runs."""
 
@@ -73,8 +77,6 @@ def measure(run: Run, masked: ConvDenoiser, directory: Path | None) -> dict[str,
     assert isinstance(run.task, Dna)
     if directory is None:
         accelerator = accelerator_for(run)
-        from rescore.training.world import build
-
         world = build(run, build_base(run, accelerator, print), accelerator)
     else:
         world = best_world(run, directory, Loading(device="cpu", precision="float32"), run.decoder)
@@ -149,11 +151,12 @@ def plot(options: Options, cells: dict[tuple[str, float], list[dict[str, float]]
     )
     for panel, (name, label) in zip(panels, views, strict=True):
         for method in options.methods:
-            rows = [cells[method, beta] for beta in options.betas]
+            betas = sorted(beta for name, beta in cells if name == method)
+            rows = [cells[method, beta] for beta in betas]
             x = [statistics.mean(cell[name] for cell in row) for row in rows]
             y = [statistics.mean(cell["median_activity"] for cell in row) for row in rows]
             panel.plot(x, y, marker="o", markersize=3, label=method)
-            for beta, at, height in zip(options.betas, x, y, strict=True):
+            for beta, at, height in zip(betas, x, y, strict=True):
                 panel.annotate(f"{beta:g}", (at, height), fontsize=6, alpha=0.7)
         panel.set(xlabel=label)
         panel.spines[["top", "right"]].set_visible(False)
@@ -179,6 +182,8 @@ def main(options: Options) -> None:
     cells = {}
     for beta in options.betas:
         for method in options.methods:
+            if method not in FRONTIER and beta not in COMPARED:
+                continue
             cells[method, beta] = [cell(method, beta, seed, options.out) for seed in options.seeds]
             lines.append(line(method, f"{beta:g}", cells[method, beta]))
             print(lines[-1], flush=True)

@@ -13,17 +13,23 @@ if TYPE_CHECKING:
     from rescore.algorithms.base import Algorithm as Algorithm
     from rescore.algorithms.egspo import Egspo as Egspo
     from rescore.algorithms.reinforce import Reinforce as Reinforce
+    from rescore.algorithms.sepo import Sepo as Sepo
     from rescore.models.denoiser import Denoiser as Denoiser
+    from rescore.models.denoiser import ScoreNetwork as ScoreNetwork
     from rescore.models.finetune import Lora as Lora
     from rescore.models.transformer import Transformer as Transformer
     from rescore.models.transformer import TransformerConfig as TransformerConfig
     from rescore.rewards.reward import Reward as Reward
     from rescore.sampling.decoder import Decoder as Decoder
+    from rescore.sampling.decoder import RateDecoder as RateDecoder
     from rescore.sampling.policy import MaskedPolicy as MaskedPolicy
     from rescore.sampling.policy import Models as Models
+    from rescore.sampling.policy import RatePolicy as RatePolicy
     from rescore.sampling.record import Record as Record
     from rescore.sampling.record import Score as Score
     from rescore.sampling.rng import SampleRng as SampleRng
+    from rescore.tasks.dna import Dna as Dna
+    from rescore.tasks.replies import Replies as Replies
     from rescore.tasks.sudoku import Sudoku as Sudoku
     from rescore.tasks.task import Task as Task
     from rescore.training.base import Base as Base
@@ -43,19 +49,22 @@ __version__ = "0.1.0"
 
 _HOME = {
     "types": "Prompts MaskedTrajectory Selected Scored Credited Actions Terms",
-    "models.denoiser": "Denoiser",
+    "models.denoiser": "Denoiser ScoreNetwork",
     "models.transformer": "Transformer TransformerConfig",
     "models.finetune": "Lora",
     "rewards.reward": "Reward",
     "tasks.task": "Task",
     "tasks.sudoku": "Sudoku",
-    "sampling.decoder": "Decoder",
+    "tasks.dna": "Dna",
+    "tasks.replies": "Replies",
+    "sampling.decoder": "Decoder RateDecoder",
     "sampling.record": "Record Score",
     "sampling.rng": "SampleRng",
-    "sampling.policy": "MaskedPolicy Models",
+    "sampling.policy": "MaskedPolicy RatePolicy Models",
     "algorithms.base": "Algorithm",
     "algorithms.reinforce": "Reinforce",
     "algorithms.egspo": "Egspo",
+    "algorithms.sepo": "Sepo",
     "training.base": "Base",
     "training.pretrain": "Pretrain",
     "training.optim": "Optim",

@@ -32,7 +32,7 @@ def text_sepo_rlhf() -> Run:
         ),
         decoder=RateDecoder(steps=16),
         algorithm=Sepo(baseline="critic", normalise_std=False, beta=0.02),
-        steps=60,
+        steps=40,
         batch_size=128,
         group_size=4,
         optim=Optim(lr=1e-4, epochs=2),

@@ -189,6 +189,7 @@ class OtherCritic(EnergyWorld):
     def critic(self) -> Critic:
         critic = ScalarCritic()
         nn.init.constant_(critic.level, self.level)
+        critic.fitted.fill_(True)
         return critic
 
 

@@ -77,6 +77,7 @@ class ScoreWorld(abc.ABC):
         """A function of the prompt, and there is only one prompt: a constant."""
         critic = ScalarCritic()
         nn.init.constant_(critic.level, CRITIC_LEVEL)
+        critic.fitted.fill_(True)
         return critic
 
     def prompts(self, n: int) -> Prompts:
