@@ -111,6 +111,8 @@ def world(algorithm: Algorithm) -> Worlds:
 def models_of(algorithm: Algorithm, policy: Policy) -> Models:
     ref = world(algorithm)[2] if algorithm.uses_reference else None
     critic = critic_for(prompts(), V + 1, 0) if algorithm.uses_critic else None
+    if critic is not None:
+        critic.fitted.fill_(True)  # before that there is nothing to train on
     return Models(policy, ref, critic)
 
 

@@ -14,9 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rescore.algorithms import sepo
 from rescore.algorithms.sepo import SNIS_BYTES, Sepo
 from rescore.models.critics import ScalarCritic
 from rescore.models.denoiser import ScoreNetwork
+from rescore.models.sedd import SeddConfig
 from rescore.processes.ctmc import Absorbing, Process, Uniform
 from rescore.rewards.reward import Reward
 from rescore.sampling.decoder import Decoder, RateDecoder
@@ -139,6 +141,10 @@ class LettersBase(Base):
 
     process: Process
 
+    @property
+    def uniform(self) -> bool:
+        return self.process.mask_id is None
+
     def build(
         self,
         task: Task,
@@ -182,7 +188,7 @@ ROWS = {
         Sepo(beta=0.1, kl_steps=3),
         MASKED,
         7,
-        128 * (128 + 7) + 128 * 4 * 6 + 5 * 128 * 2 * 3,
+        128 * (128 + 7) + 128 * 4 * 6 + 128 * 3 * 6,
     ),
     "joint": (
         Sepo(mode="joint", snis_draws=2),
@@ -340,7 +346,33 @@ def test_the_path_kl_is_positive_and_zero_against_itself():
     kl = algorithm.loss(models, actions, rng).metrics["kl_new_ref"]
     assert (kl >= 0).all() and kl.mean() > 1e-3
     same = replace(models, ref=models.new)
+    again = algorithm.annotate(same, replace(scored, notes={}), SampleRng(0, torch.arange(8)))
+    actions = actions_of(algorithm, again)
     assert algorithm.loss(same, actions, rng).metrics["kl_new_ref"].abs().max() < 1e-12
+
+
+def test_a_table_too_large_to_keep_changes_nothing(monkeypatch):
+    """The laws of the reference, computed anew in every update, are those that were kept."""
+    algorithm = Sepo(beta=1.0, kl_steps=4)
+    models, scored = scored_by(algorithm, MASKED)
+    monkeypatch.setattr(sepo, "KEPT_BYTES", 0)
+    _, without = scored_by(algorithm, MASKED)
+    assert "log_p_ref" in scored.notes and "log_p_ref" not in without.notes
+    rng = SampleRng(0, torch.arange(8))
+    kept, anew = (algorithm.loss(models, actions_of(algorithm, s), rng) for s in (scored, without))
+    assert torch.equal(kept.loss, anew.loss)
+
+
+def test_what_the_reference_excludes_has_a_finite_kl():
+    """A clipped step gives probability 0 to what the policy does: counted as 1e-6, no NaN."""
+    algorithm = Sepo(beta=1.0, kl_steps=4)
+    models, scored = scored_by(algorithm, MASKED)
+    laws = scored.notes["log_p_ref"].clone()
+    laws[..., 0] = -torch.inf
+    actions = actions_of(algorithm, replace(scored, notes={**scored.notes, "log_p_ref": laws}))
+    kl = algorithm.loss(models, actions, SampleRng(0, torch.arange(8))).metrics["kl_new_ref"]
+    assert kl.isfinite().all() and kl.mean() > 1
+    assert gradient(models, algorithm, actions).isfinite().all()
 
 
 def test_random_steps_estimate_the_path_kl():
@@ -416,8 +448,41 @@ def test_modes_that_the_network_cannot_serve_are_refused(algorithm, process, mes
         scored_by(algorithm, process)
 
 
+@pytest.mark.parametrize(("algorithm", "process", "message"), REFUSED[:2])
+def test_a_run_refuses_them_before_anything_is_built(algorithm, process, message):
+    """A base that knows its noise says so first; pairs of masks are for the mode that uses them."""
+    run = run_of(algorithm, process)
+    with pytest.raises(ValueError, match=message):
+        run.check()
+    run_of(Sepo(masks=3), UNIFORM).check()
+    with pytest.raises(ValueError, match="masks=3"):
+        run_of(Sepo(masks=3), MASKED).check()
+
+
+@pytest.mark.parametrize("mode", ["elbo", "pseudo_likelihood"])
+def test_samples_with_fewer_positions_than_masks_have_finite_gradients(mode):
+    """Also one with nothing to write, which is not trained on; a network that divides by noise."""
+    config = SeddConfig(vocab_size=4, length=L, width=16, depth=1, heads=2, cond_width=8)
+    network = config.network(torch.Generator().manual_seed(0))
+    for p in network.parameters():
+        torch.nn.init.normal_(p, 0.0, 0.3, generator=torch.Generator().manual_seed(1))
+    algorithm = Sepo(mode=mode, baseline="none", normalise_std=False)
+    models = Models(new=policy_of(network, RateDecoder(steps=4), 64))
+    editable = torch.arange(L) < torch.tensor([0, 1, 2, 3])[:, None]
+    prompts = replace(blank(4, L), editable=editable)
+    prompts = replace(prompts, tokens=torch.where(editable, 4, 1))
+    rng = SampleRng(0, prompts.sample_id)
+    selected = algorithm.select(models, models.new.sample(prompts, algorithm.record, rng))
+    scored = Scored(**selected.fields(), reward=torch.ones(4), terms={})
+    actions = actions_of(algorithm, algorithm.annotate(models, scored, rng))
+    assert len(actions.step) == 3
+    terms = algorithm.loss(models, actions, rng)
+    (terms.loss * actions.weight).sum().backward()
+    grads = [p.grad for p in network.parameters() if p.grad is not None]
+    assert all(bool(g.isfinite().all()) for g in grads) and any(bool((g != 0).any()) for g in grads)
+
+
 SETTINGS = [
-    (Sepo(masks=3), {}, "masks=3"),
     (Sepo(masks=0), {}, "masks must be at least 1"),
     (Sepo(mode="ball", baseline="none"), {}, "invariant"),
     (Sepo(beta=-1.0), {}, "beta=-1.0"),

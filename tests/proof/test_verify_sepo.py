@@ -385,7 +385,7 @@ def test_forwards_count_old_policy_updates_and_reference():
     snis = replace(PLAIN_SEPO, mode="joint", snis_draws=2)
     assert forwards(snis, TWO) == pytest.approx(1 + 3 + 3 * differ)
     kl = replace(CONDITIONAL, beta=0.5, kl_steps=2)
-    assert forwards(kl, TWO_POSITIONS) == pytest.approx(1 + 1 + 4)
+    assert forwards(kl, TWO_POSITIONS) == pytest.approx(1 + 1 + 2 * (1 + 1))
     assert forwards(Reinforce(baseline="none"), replace(TWO_POSITIONS, steps=3)) == pytest.approx(3)
 
 

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from rescore.algorithms.egspo import Egspo
+from rescore.algorithms.sepo import Sepo
 from rescore.models.tiny import MlpDenoiser
 from rescore.models.transformer import TransformerConfig
 from rescore.rewards.reward import RewardError
 from rescore.rewards.text import FACTS, Facts, TextFunction, unpack
-from rescore.sampling.decoder import Decoder
+from rescore.sampling.decoder import Decoder, RateDecoder
 from rescore.tasks.countdown import Countdown
 from rescore.tasks.sudoku import Sudoku
 from rescore.tasks.task import Task
@@ -155,6 +156,15 @@ ADAPTIVE = replace(TINY, algorithm=Egspo(selection="adaptive", lam=0.5, beta=0.0
 """Samples train on different numbers of steps, whose completions are asked for afterwards."""
 
 
+SEPO = replace(
+    TINY,
+    decoder=RateDecoder(steps=3, corrector_steps=1),
+    algorithm=Sepo(baseline="critic", normalise_std=False, masks=2, beta=0.05, kl_steps=2),
+)
+"""Hidden sets and kept moves are gathered; every process fits its critic to the whole batch."""
+SEPO_GROUPS = replace(SEPO, algorithm=replace(SEPO.algorithm, baseline="leave_one_out"))
+
+
 def weights(world: World) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in world.module.named_parameters()}
 
@@ -266,7 +276,12 @@ def on_every_process(out: Path) -> dict[str, Tensor]:
         ),
         "text": first_update(TEXT, lambda credited: credited),
         "adaptive": first_update(ADAPTIVE, lambda credited: credited),
+        "sepo": first_update(SEPO_GROUPS, lambda credited: credited),
+        "sepo, no KL": first_update(
+            replace(SEPO_GROUPS, algorithm=replace(SEPO_GROUPS.algorithm, beta=0.0)), lambda c: c
+        ),
         "tiny": trained(TINY, out / "tiny"),
+        "sepo run": trained(SEPO, out / "sepo"),
         "text run": trained(TEXT, out / "text"),
         "adaptive run": trained(ADAPTIVE, out / "adaptive"),
     }
@@ -299,8 +314,11 @@ def found(one_and_two: tuple[Path, Path]) -> list[dict[str, Tensor]]:
     return [safetensors.torch.load_file(file) for file in files]
 
 
-EXACT = ("odd", "one", "none", "spoiled", "spare", "one side", "mini-batches", "text", "adaptive")
-RUNS = ("tiny", "text run", "adaptive run")
+EXACT = (
+    *("odd", "one", "none", "spoiled", "spare", "one side", "mini-batches"),
+    *("text", "adaptive", "sepo", "sepo, no KL"),
+)
+RUNS = ("tiny", "text run", "adaptive run", "sepo run")
 
 
 def of(case: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -64,6 +64,17 @@ class Algorithm(abc.ABC):
                 f"its log-probabilities have no gradient to train on; use one above 0"
             )
 
+    def check_process(self, *, uniform: bool) -> None:
+        """Refuse a kind of noise that the method cannot use; by default none.
+
+        Args:
+            uniform: whether tokens are replaced by others; False: by the mask.
+
+        Raises:
+            ValueError: says why, and what to change.
+        """
+        return
+
     def check_models(self, models: Models) -> None:
         """Refuse networks that the method cannot use; by default none.
 

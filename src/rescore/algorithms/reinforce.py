@@ -16,7 +16,7 @@ import torch
 
 from rescore.algorithms.base import Algorithm, check_group
 from rescore.objectives.advantages import Baseline, centre
-from rescore.objectives.divergences import categorical_kl
+from rescore.objectives.divergences import categorical_kl, finite
 from rescore.objectives.policy_gradient import score_function
 from rescore.sampling.decoder import Decoding, RateDecoder
 from rescore.sampling.policy import Models
@@ -84,7 +84,7 @@ class Reinforce(Algorithm):
             return terms
         with torch.no_grad():
             ref = models.ref.transition(actions.trajectory, actions.step, self.score)
-        kl = categorical_kl(new.log_p, ref.log_p, new.revealed)
+        kl = categorical_kl(new.log_p, finite(ref.log_p), new.revealed)
         return Terms(
             loss=terms.loss + self.beta * kl, metrics={**terms.metrics, "kl_new_ref": kl.detach()}
         )

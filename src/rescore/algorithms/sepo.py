@@ -31,7 +31,7 @@ from torch import Tensor
 from rescore.algorithms.base import Algorithm, check_group
 from rescore.models.denoiser import CountedScores, KnownLikelihood
 from rescore.objectives.advantages import Baseline, centre, normalise_std
-from rescore.objectives.divergences import categorical_kl
+from rescore.objectives.divergences import categorical_kl, finite
 from rescore.objectives.policy_gradient import ratio_metrics
 from rescore.objectives.score_entropy import (
     Coefficient,
@@ -57,6 +57,9 @@ from rescore.types import Actions, Credited, RateTrajectory, Scored, Selected, T
 Mode = Literal["conditional", "ball", "joint", "elbo", "pseudo_likelihood"]
 """What stands for log pi(x); see ``Sepo``."""
 
+KEPT_BYTES = 2**28
+"""Largest table of the reference's step laws that is kept between the updates of a rollout; a
+larger one is computed anew in each."""
 SNIS_BYTES = 2**31
 """Largest table of scores that the self-normalised estimate of ``joint`` may need at once."""
 
@@ -86,7 +89,8 @@ class Sepo(Algorithm):
     masks: int = 4
     """m: hidden sets per sample for ``elbo`` and ``pseudo_likelihood``; a network row each."""
     antithetic: bool = True
-    """``elbo`` draws its sets in pairs: one of c positions with one of n + 1 - c others."""
+    """``elbo`` draws its sets in pairs: c positions from one end of a random order, n + 1 - c from
+    the other."""
     likelihood: Literal["snis", "network"] = "snis"
     """Where ``joint`` has pi(x) from: self-normalised importance sampling over neighbours, as in
     the paper's code (inconsistent for more than one position), or the network itself, which then
@@ -97,7 +101,8 @@ class Sepo(Algorithm):
     """Weight of KL(path law || reference's path law), reward units per nat; 0 keeps no
     reference. Its gradient is taken at the visited states."""
     kl_steps: int = 4
-    """Steps of the chain, drawn at random, that estimate the path KL; two network rows each."""
+    """Steps of the chain, drawn at random, that estimate the path KL; a network row each, for the
+    reference once per rollout and for the policy in every update."""
     critic_lr: float = 0.01
     """Learning rate of the critic."""
     critic_epochs: int = 10
@@ -151,31 +156,35 @@ class Sepo(Algorithm):
             )
         if not 0 < self.critic_lr < math.inf:
             raise ValueError(f"sepo: critic_lr must be positive, got {self.critic_lr}")
-        if self.mode in (None, "elbo") and self.antithetic and self.masks % 2:
-            raise ValueError(
-                f"sepo: antithetic sets come in pairs, but masks={self.masks}; make it even, or "
-                f"turn antithetic off"
-            )
         if self.mode == "ball" and self.baseline == "none":
             raise ValueError(
                 "sepo: mode='ball' is not invariant to a constant added to the reward; use a "
                 "baseline"
             )
 
-    def check_models(self, models: Models) -> None:
-        policy = _rates(models.new)
-        masked, mode = policy.network.process.mask_id is not None, self._mode(policy)
-        if masked and mode in ("conditional", "ball", "joint"):
+    def check_process(self, *, uniform: bool) -> None:
+        mode = self._mode(uniform)
+        if not uniform and mode in ("conditional", "ball", "joint"):
             raise ValueError(
                 f"sepo: mode='{mode}' uses the scores of a finished sample, and those of a masked "
                 f"model do not depend on its weights there, so nothing would be learned; use "
                 f"mode='elbo' or 'pseudo_likelihood'"
             )
-        if not masked and mode in ("elbo", "pseudo_likelihood"):
+        if uniform and mode in ("elbo", "pseudo_likelihood"):
             raise ValueError(
                 f"sepo: mode='{mode}' hides tokens behind masks, which a model of uniform noise "
                 f"does not know; use mode='conditional'"
             )
+        if mode == "elbo" and self.antithetic and self.masks % 2:
+            raise ValueError(
+                f"sepo: antithetic sets come in pairs, but masks={self.masks}; make it even, or "
+                f"turn antithetic off"
+            )
+
+    def check_models(self, models: Models) -> None:
+        policy = _rates(models.new)
+        self.check_process(uniform=policy.network.process.mask_id is None)
+        mode = self._mode(policy.network.process.mask_id is None)
         network = policy.network
         known = isinstance(network, CountedScores) and isinstance(network.network, KnownLikelihood)
         if mode == "joint" and self.likelihood == "network" and not known:
@@ -194,7 +203,7 @@ class Sepo(Algorithm):
         """Draw what old and new policy share, and score the samples under the old one."""
         policy, trajectory = _rates(models.new), scored.trajectory
         notes: dict[str, Tensor] = {}
-        mode = self._mode(policy)
+        mode = self._mode(policy.network.process.mask_id is None)
         if mode in ("elbo", "pseudo_likelihood"):
             notes["hidden"] = hidden_sets(
                 trajectory.prompts,
@@ -206,7 +215,7 @@ class Sepo(Algorithm):
             )
         elif mode == "joint" and self.likelihood == "snis":
             notes["neighbour"] = self._neighbours(policy, trajectory, rng)
-        rows = 1 + sum(note.shape[1] for note in notes.values())
+        rows = self.masks if "hidden" in notes else 1 + sum(n.shape[1] for n in notes.values())
 
         def part(index: Int[Tensor, " n"]) -> Tensor:
             index = index.to(trajectory.x_0.device)
@@ -215,21 +224,26 @@ class Sepo(Algorithm):
 
         at_most = max(1, policy.forward_rows // rows)
         notes["log_policy_old"] = torch.cat(over_rows(part, len(trajectory.x_0), at_most=at_most))
-        if models.critic is not None:  # the first rollout is for the critic alone
-            value = models.critic.value(trajectory.prompts)
-            notes["value"] = torch.where(models.critic.fitted, value, torch.nan)
+        if models.critic is not None:
+            notes["value"] = models.critic.value(trajectory.prompts)
+            notes["fitted"] = models.critic.fitted.expand(len(notes["value"]))
+        if models.ref is not None and self._keeps_reference(policy, trajectory):
+            notes["log_p_ref"] = self._reference_laws(_rates(models.ref), trajectory)
         one_column = {name: note[:, None] for name, note in notes.items()}
         return replace(scored, notes={**scored.notes, **one_column})
 
     def credit(self, scored: Scored) -> Credited:
         group, reward = scored.trajectory.prompts.group, scored.reward[:, None]
         if self.baseline == "critic":
-            advantage = (reward - scored.notes["value"].to(reward)).nan_to_num(nan=0.0)
+            advantage = reward - scored.notes["value"].to(reward)
         else:
             advantage = centre(reward, group, self.baseline)
         if self.normalise_std:
             advantage = normalise_std(advantage, group)
         active = (advantage != 0) | self.uses_reference
+        active = active & scored.trajectory.prompts.editable.any(1, keepdim=True)
+        if self.baseline == "critic":  # the first rollout is for the critic alone
+            active = active & scored.notes["fitted"]
         weight = torch.where(active, scored.step_weight / len(reward), 0.0)
         return Credited(**scored.fields(), advantage=advantage, weight=weight)
 
@@ -262,20 +276,20 @@ class Sepo(Algorithm):
             terms = Terms(loss=-factor * surrogate, metrics=metrics)
         if not self.uses_reference:
             return terms
-        kl = self._path_kl(models, actions.trajectory)
+        kl = self._path_kl(models, actions.trajectory, notes)
         return Terms(
             loss=terms.loss + self.beta * kl, metrics={**terms.metrics, "kl_new_ref": kl.detach()}
         )
 
-    def _mode(self, policy: RatePolicy) -> Mode:
-        uniform = policy.network.process.mask_id is None
+    def _mode(self, uniform: bool) -> Mode:
         return self.mode or ("conditional" if uniform else "elbo")
 
     def _log_policy(
         self, policy: RatePolicy, trajectory: Trajectory, notes: Mapping[str, Tensor]
     ) -> tuple[Float[Tensor, "N *positions"], Float[Tensor, " N"] | None]:  # noqa: UP037
         """log pi or what stands for it, and what has its gradient where that is something else."""
-        mode, network, x = self._mode(policy), policy.network, trajectory.x_0
+        network, x = policy.network, trajectory.x_0
+        mode = self._mode(network.process.mask_id is None)
         prompts = trajectory.prompts
         if mode in ("elbo", "pseudo_likelihood"):
             return masked_log_policy(network, x, prompts, notes["hidden"]), None
@@ -324,18 +338,43 @@ class Sepo(Algorithm):
         step = trajectory.n_steps + 1
         return neighbours(log_score, x, prompts.editable, self.snis_draws, step=step, rng=rng)
 
-    def _path_kl(self, models: Models, trajectory: Trajectory) -> Float[Tensor, " N"]:
+    def _keeps_reference(self, policy: RatePolicy, trajectory: Trajectory) -> bool:
+        n_samples, length = trajectory.x_0.shape
+        table = n_samples * self.kl_steps * length * policy.network.process.n_states
+        return 4 * table <= KEPT_BYTES
+
+    def _reference_laws(self, ref: RatePolicy, trajectory: Trajectory) -> Float[Tensor, "B M L S"]:
+        """Log of the reference's law after every kept step."""
+
+        def part(index: Int[Tensor, " n"]) -> Tensor:
+            paths, step = _kept_steps(trajectory.take(index.to(trajectory.x_0.device)))
+            return ref.transition(paths, step, Score()).log_p.unflatten(0, (len(index), -1))
+
+        at_most = max(1, ref.forward_rows // self.kl_steps)
+        return torch.cat(over_rows(part, len(trajectory.x_0), at_most=at_most))
+
+    def _path_kl(
+        self, models: Models, trajectory: Trajectory, notes: Mapping[str, Tensor]
+    ) -> Float[Tensor, " N"]:
         """Path KL(new || ref) estimated from the kept steps, exact within each, nats."""
-        assert isinstance(trajectory, RateTrajectory)
         assert models.ref is not None
-        n_kept = trajectory.step.shape[1]
-        index = torch.arange(len(trajectory.x_0), device=trajectory.x_0.device)
-        paths, step = trajectory.take(index.repeat_interleave(n_kept)), trajectory.step.flatten()
+        paths, step = _kept_steps(trajectory)
         new = models.new.transition(paths, step, Score())
-        with torch.no_grad():
-            ref = models.ref.transition(paths, step, Score())
-        kl = categorical_kl(new.log_p, ref.log_p, new.revealed)
-        return kl.view(-1, n_kept).mean(1) * trajectory.n_steps
+        if "log_p_ref" in notes:
+            log_p_ref = notes["log_p_ref"].flatten(0, 1)
+        else:
+            with torch.no_grad():
+                log_p_ref = models.ref.transition(paths, step, Score()).log_p
+        kl = categorical_kl(new.log_p, finite(log_p_ref), new.revealed)
+        return kl.view(len(trajectory.x_0), -1).mean(1) * trajectory.n_steps
+
+
+def _kept_steps(trajectory: Trajectory) -> tuple[RateTrajectory, Int[Tensor, " NM"]]:
+    """Every path once for each of its kept steps, and their numbers."""
+    assert isinstance(trajectory, RateTrajectory)
+    index = torch.arange(len(trajectory.x_0), device=trajectory.x_0.device)
+    paths = trajectory.take(index.repeat_interleave(trajectory.step.shape[1]))
+    return paths, trajectory.step.flatten()
 
 
 def _rates(policy: Policy) -> RatePolicy:

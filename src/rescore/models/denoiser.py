@@ -103,6 +103,11 @@ class NetworkConfig(abc.ABC):
     length: int
     """The longest canvas."""
 
+    @property
+    def uniform(self) -> bool:
+        """Whether noise replaces tokens by others; False: by the mask."""
+        return False
+
     @abc.abstractmethod
     def network(self, generator: torch.Generator) -> nn.Module:
         """A ``Denoiser`` or ``ScoreNetwork`` with initial weights from this CPU generator."""

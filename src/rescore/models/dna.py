@@ -64,6 +64,10 @@ class ConvConfig(NetworkConfig):
         """The dilation of every layer."""
         return tuple(d for d in self.dilations for _ in range(self.stacks))
 
+    @property
+    def uniform(self) -> bool:
+        return self.process == "uniform"
+
     def network(self, generator: torch.Generator) -> ConvDenoiser | ConvScore:
         """A new network; ``generator`` draws its weights."""
         if self.process == "absorbing":

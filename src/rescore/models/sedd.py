@@ -37,6 +37,10 @@ class SeddConfig(DiffusionTransformerConfig):
         if self.process == "uniform" and self.scale_by_sigma:
             raise ValueError("scale_by_sigma is for the absorbing process; leave it out")
 
+    @property
+    def uniform(self) -> bool:
+        return self.process == "uniform"
+
     def network(self, generator: torch.Generator) -> Sedd:
         """A new network; ``generator`` draws its weights."""
         return Sedd(self, generator=generator)

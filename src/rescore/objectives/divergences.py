@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -47,5 +48,19 @@ def categorical_kl(
     Source: the exact form of EGSPO's KL (arXiv:2603.12554), summed over the vocabulary. It covers
     the tokens at the revealed positions, not the choice of positions.
     """
-    gap = torch.where(log_p.isfinite(), log_p - log_q.detach(), 0.0)
+    counted = log_p.isfinite() & rows[..., None]
+    gap = torch.where(counted, log_p - log_q.detach(), 0.0)
     return torch.where(rows, (log_p.exp() * gap).sum(-1), 0.0).sum(-1)
+
+
+LEAST_LOG_PROB = math.log(1e-6)
+"""See ``finite``."""
+
+
+def finite(log_q: Float[Tensor, "N R V"]) -> Float[Tensor, "N R V"]:
+    """A reference's law with what it excludes at a probability of 1e-6; the rest as it is.
+
+    A step of an imperfect score network may exclude, by a clipped probability, what another network
+    does; the true KL would be infinite.
+    """
+    return torch.where(log_q == -torch.inf, LEAST_LOG_PROB, log_q)

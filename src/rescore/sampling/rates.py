@@ -72,8 +72,9 @@ def sample_rates(
         kept_step = random_steps(everything, record.moves, rng).sort(1).values
     else:
         kept_step = where[:, :0]
-    before = prompts.tokens[:, None, :].repeat(1, kept_step.shape[1], 1)
-    after = before.clone()
+    kept = 0 if record.moves == "all" else kept_step.shape[1]
+    before = prompts.tokens[:, None, :].repeat(1, kept, 1)
+    after, path = before.clone(), []
 
     x = start_of(network.process, prompts, rng)
     log_probs = []
@@ -85,12 +86,15 @@ def sample_rates(
         drawn = rng.categorical(probs, Stream.TOKEN, k, where)
         moved = torch.where(prompts.editable, drawn, x)
         log_probs.append(tokens_log_prob(probs, moved, prompts.editable))
-        if record.moves:
+        path += [x, moved] if record.moves == "all" else []
+        if kept:
             now = (kept_step == k)[..., None]
             before = torch.where(now, x[:, None], before)
             after = torch.where(now, moved[:, None], after)
         x = moved
 
+    if record.moves == "all":
+        before, after = torch.stack(path[::2], 1), torch.stack(path[1::2], 1)
     return RateTrajectory(
         prompts=prompts,
         x_0=x,

@@ -67,7 +67,7 @@ def masked_log_policy(
     With sets of random size it estimates the ELBO of a masked model, with single positions the log
     pseudo-likelihood; see ``masked_log_prob``. A network row per set. Nats.
     """
-    n_samples, n_sets, _ = hidden.shape
+    n_samples, n_sets, length = hidden.shape
     mask_id = network.process.mask_id
     assert mask_id is not None
     flat = hidden.flatten(0, 1)
@@ -75,7 +75,7 @@ def masked_log_policy(
     attend = None if prompts.attend is None else prompts.attend.repeat_interleave(n_sets, 0)
     count = prompts.editable.sum(1).repeat_interleave(n_sets)
     size = flat.sum(1)
-    share = (size / count.clamp(min=1)).clamp(max=MOST_HIDDEN)
+    share = (size / count.clamp(min=1)).clamp(min=0.5 / length, max=MOST_HIDDEN)  # never no noise
     canvas = torch.where(flat, mask_id, tokens)
     log_score = network.log_score(canvas, -torch.log1p(-share), attend=attend)
     log_p = log_probs_from_score(log_score, mask_id)
@@ -94,11 +94,12 @@ def neighbours(
     rng: Rng,
 ) -> Int[Tensor, "N n L"]:
     """n draws of ``heat_bath`` from x: one position, evenly, gets a token from its conditional."""
-    probs = heat_bath(log_score, x, editable).flatten(1)
     draws = torch.arange(n, device=x.device).expand(len(x), -1)
-    cell = rng.categorical(probs[:, None].repeat(1, n, 1), Stream.SLOT, step, draws)
-    n_states = log_score.shape[-1]
-    position, token = cell // n_states, cell % n_states
+    even = editable.to(log_score)[:, None].repeat(1, n, 1)
+    position = rng.categorical(even, Stream.SLOT, step, draws)
+    conditional = log_score.scatter(-1, x[..., None], 0.0).softmax(-1)
+    conditional = conditional.take_along_dim(position[..., None], dim=1)
+    token = rng.categorical(conditional, Stream.TOKEN, step, draws)
     return x[:, None].repeat(1, n, 1).scatter(2, position[..., None], token[..., None])
 
 

@@ -20,6 +20,14 @@ class Base(abc.ABC):
     ``Pretrain`` trains a small one; an adapter for large models loads weights.
     """
 
+    @property
+    def uniform(self) -> bool | None:
+        """Whether noise replaces tokens by others (True) or by the mask (False), if it is known.
+
+        It is asked for before the network is there.
+        """
+        return None
+
     def check(self, task: Task, device: str) -> None:
         """Refuse what cannot work on this machine, before anything is loaded or written.
 

@@ -28,8 +28,9 @@ def dry_run(run: Run, folder: Path) -> Run:
 
     A checkpoint of random weights in the original's layout, with a tokenizer of the original's
     class, is written into ``folder`` (unless it is there), and weights and tokenizer are read from
-    it; with them, for a task that reads prompts and a reward model, tiny ones of both. Two rollouts of two groups, as few denoising steps as the method allows, a checkpoint after
-    each; on the CPU if the device is not there. All other settings stay.
+    it; so are the prompts and the reward model of ``Conversations``. Two rollouts of two groups, as
+    few denoising steps as the method allows, a checkpoint after each; on the CPU if the device is
+    not there. All other settings stay.
 
     Raises:
         ValueError: the run does not start from a pretrained language model.

@@ -105,7 +105,7 @@ def train(world: World, out: Path, console: Console) -> None:
             credited = run.algorithm.credit(scored)
             gap = None if probed else probe(world, credited)
             if gap is not None:
-                console.note(f"ratio probe: {gap:.1e} nat per action")
+                console.note(f"ratio probe: {gap:.1e} nat per step")
                 probed = True
             run.algorithm.fit(world.models, credited)
             update_clock = time.perf_counter()

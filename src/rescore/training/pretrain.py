@@ -32,6 +32,10 @@ class Pretrain(Supervised, Base):
     model: NetworkConfig
     """Shape of the network; ``vocab_size`` and ``length`` must be the task's."""
 
+    @property
+    def uniform(self) -> bool:
+        return self.model.uniform
+
     def build(
         self,
         task: Task,

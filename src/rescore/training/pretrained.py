@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import torch
 from torch import nn
@@ -41,7 +40,7 @@ class Published(Base):
     @abc.abstractmethod
     def in_miniature(
         self, task: TextTask, folder: Path, *, seed: int, device: str
-    ) -> tuple[Self, str]:
+    ) -> tuple[Published, str]:
         """The same base on random weights at tiny size, written into a folder unless it is there.
 
         Args:
@@ -100,6 +99,10 @@ class Pretrained(Published):
     def __post_init__(self) -> None:
         if not 0 <= self.guidance < math.inf:
             raise ValueError(f"guidance must be finite and not negative, got {self.guidance}")
+
+    @property
+    def uniform(self) -> bool:
+        return False
 
     def source(self, task: Task) -> str:
         """Where the weights are.
@@ -180,7 +183,7 @@ class Pretrained(Published):
 
     def in_miniature(
         self, task: TextTask, folder: Path, *, seed: int, device: str
-    ) -> tuple[Self, str]:
+    ) -> tuple[Pretrained, str]:
         if (folder / "config.json").exists():
             family = read_layout(str(folder)).family
             if family != self.miniature:

@@ -148,6 +148,9 @@ def gather(accelerator: Accelerator, scored: Scored) -> Scored:
         return scored
 
     def all_ranks(tensor: Tensor) -> Tensor:
+        if not tensor.numel():  # which not every backend can gather
+            n_rows = len(tensor) * accelerator.num_processes
+            return tensor.new_empty((n_rows, *tensor.shape[1:]))
         whole = accelerator.gather(tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor)
         assert isinstance(whole, Tensor)
         return whole.to(tensor.dtype)
@@ -166,8 +169,11 @@ def gather(accelerator: Accelerator, scored: Scored) -> Scored:
 def probe(world: World, credited: Credited) -> float | None:
     """Put actions to the loss before the first update, where every ratio must be 1.
 
+    An action that is a whole sample sums over all positions, and rounding grows with the sum: its
+    gap is divided by the number of positions written.
+
     Returns:
-        The largest |log ratio|, nats per action; None if nothing is trained on in this batch.
+        The largest |log ratio|, nats per step; None if nothing is trained on in this batch.
 
     Raises:
         TrainingError: it exceeds ``PROBE_TOLERANCE``.
@@ -177,13 +183,16 @@ def probe(world: World, credited: Credited) -> float | None:
         return None
     generator = torch.Generator().manual_seed(run.seed)  # an even stride could miss steps
     pairs = pairs[torch.randperm(len(pairs), generator=generator)[:PROBE_ROWS].sort().values]
-    ratios = []
+    gaps = []
     for part in pairs.split(run.optim.micro_batch):
         actions = credited.actions(part)
         rng = SampleRng(run.seed, actions.trajectory.prompts.sample_id)
         with world.autocast(), torch.no_grad():
-            ratios.append(run.algorithm.loss(world.models, actions, rng).metrics["ratio"])
-    gap = torch.cat(ratios).log().abs().nan_to_num(nan=math.inf)
+            ratio = run.algorithm.loss(world.models, actions, rng).metrics["ratio"]
+        whole = actions.step == actions.trajectory.n_steps
+        written = actions.trajectory.prompts.editable.sum(1).clamp(min=1)
+        gaps.append(ratio.log().abs() / torch.where(whole, written, 1))
+    gap = torch.cat(gaps).nan_to_num(nan=math.inf)
     mean, worst = gap.mean().item(), gap.max().item()
     tolerance = PROBE_TOLERANCE[run.precision]
     if not (mean <= tolerance[0] and worst <= tolerance[1]):

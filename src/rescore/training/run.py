@@ -151,6 +151,8 @@ class Run:
         self.base.check(self.task, self.device)
         self.task.check()
         self.algorithm.check(self.decoder, self.group_size, tuple(self.task.reward.functions))
+        if self.base.uniform is not None:
+            self.algorithm.check_process(uniform=self.base.uniform)
 
 
 def describe(value: Any) -> Any:
