@@ -21,7 +21,10 @@ from rescore.training.run import Evaluate, Run
 
 
 def dna_reinforce() -> Run:
-    """REINFORCE with a leave-one-out baseline on all 16 steps, an unbiased gradient."""
+    """REINFORCE with a leave-one-out baseline on all 16 steps, an unbiased gradient.
+
+    60 CPU-seconds after the base, which takes 65; expected median eval activity 2.6 ± 0.5 from 0.8.
+    """
     return Run(
         task=Dna(),
         base=Pretrain(
@@ -44,7 +47,10 @@ def dna_reinforce() -> Run:
 
 
 def dna_sepo() -> Run:
-    """SEPO on the bound of the likelihood, with a KL to the base."""
+    """SEPO on the bound of the likelihood, with a KL to the base.
+
+    90 CPU-seconds after the base; expected median eval activity 5.0 ± 1.5 from 0.8.
+    """
     run = dna_reinforce()
     return replace(
         run,
@@ -54,11 +60,17 @@ def dna_sepo() -> Run:
 
 
 def dna_sepo_gf() -> Run:
-    """SEPO with gradient flow: 8 corrector steps before the last one."""
+    """SEPO with gradient flow: 8 corrector steps before the last one.
+
+    130 CPU-seconds after the base; expected median eval activity 4.0 ± 1.2 from 0.8.
+    """
     return replace(dna_sepo(), decoder=RateDecoder(steps=16, corrector_steps=8))
 
 
 def dna_sepo_uniform() -> Run:
-    """SEPO on the scores themselves: a base of uniform noise, mode "conditional"."""
+    """SEPO on the scores themselves: a base of uniform noise, mode "conditional".
+
+    70 CPU-seconds after the base; expected median eval activity 1.7 ± 0.4 from 0.75.
+    """
     run = dna_sepo()
     return replace(run, base=replace(run.base, model=ConvConfig(process="uniform")))

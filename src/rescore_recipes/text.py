@@ -18,7 +18,11 @@ from rescore.training.run import Evaluate, Run
 
 
 def text_sepo_rlhf() -> Run:
-    """SEPO-PPO: a critic of the question alone, the bound of the likelihood, a KL to the base."""
+    """SEPO-PPO: a critic of the question alone, the bound of the likelihood, a KL to the base.
+
+    About 6 CPU-minutes after the base, which takes 5; preference -1.1 to 1.1, rule 0.14 to 0.37
+    (one seed).
+    """
     task = Replies()
     return Run(
         task=task,
