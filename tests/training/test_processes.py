@@ -160,8 +160,10 @@ SEPO = replace(
     TINY,
     decoder=RateDecoder(steps=3, corrector_steps=1),
     algorithm=Sepo(baseline="critic", normalise_std=False, masks=2, beta=0.05, kl_steps=2),
+    steps=6,
 )
-"""Hidden sets and kept moves are gathered; every process fits its critic to the whole batch."""
+"""Hidden sets and kept moves are gathered; every process fits its critic to the whole batch, the
+first time without an update of the policy."""
 SEPO_GROUPS = replace(SEPO, algorithm=replace(SEPO.algorithm, baseline="leave_one_out"))
 
 

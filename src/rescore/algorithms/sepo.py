@@ -225,8 +225,8 @@ class Sepo(Algorithm):
         at_most = max(1, policy.forward_rows // rows)
         notes["log_policy_old"] = torch.cat(over_rows(part, len(trajectory.x_0), at_most=at_most))
         if models.critic is not None:
-            notes["value"] = models.critic.value(trajectory.prompts)
-            notes["fitted"] = models.critic.fitted.expand(len(notes["value"]))
+            notes["value"] = models.critic.value(trajectory.prompts).clone()
+            notes["fitted"] = models.critic.fitted.repeat(len(notes["value"]))
         if models.ref is not None and self._keeps_reference(policy, trajectory):
             notes["log_p_ref"] = self._reference_laws(_rates(models.ref), trajectory)
         one_column = {name: note[:, None] for name, note in notes.items()}

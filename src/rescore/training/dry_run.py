@@ -56,7 +56,7 @@ def dry_run(run: Run, folder: Path) -> Run:
         task=dataclasses.replace(task, tokenizer=tokenizer),
         base=base,
         decoder=_few_steps(run),
-        steps=2,
+        steps=3 if run.algorithm.uses_critic else 2,  # the first rollout serves a critic alone
         batch_size=math.lcm(2 * run.group_size, run.optim.mini_batches)
         * int(os.environ.get("WORLD_SIZE", "1")),
         evaluate=dataclasses.replace(run.evaluate, every=1, n=4, n_test=4),
