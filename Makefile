@@ -25,7 +25,7 @@ demo: $(BASE)  ## train a small masked-diffusion model to solve Sudoku (minutes)
 	$(DEMO)
 
 test: lint  ## lint, then every test but the slow ones
-	$(PYTEST) -n 2 -m "not slow"
+	$(PYTEST) -n 2 --dist worksteal -m "not slow"
 
 test-slow: $(DEV)  ## the slow tests
 	$(PYTEST) -m slow

@@ -5,15 +5,15 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from rescore import cli
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 TINY = shlex.split(
     "--base.steps 2 --base.model.width 16 --base.model.depth 1 --base.model.heads 2 --steps 2 "
@@ -433,22 +433,6 @@ def test_exit_codes_of_the_process():
     bad = python_m("cite", "egpso")
     assert bad.returncode == 2 and bad.stdout == ""
     assert bad.stderr.startswith("error: unknown algorithm") and bad.stderr.count("\n") == 1
-
-
-def test_ctrl_c_saves_and_exits_130(tmp_path):
-    """The step is finished and saved, and the message says how to continue."""
-    out = tmp_path / "out"
-    options = ["train", "sudoku_egspo", "--out", str(out), *TINY, "--steps", "100000"]
-    command = [sys.executable, "-m", "rescore", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as p:
-        while p.poll() is None and not ((out / "metrics.jsonl").exists() and metrics(out)):
-            time.sleep(0.05)
-        p.send_signal(signal.SIGINT)
-        err = p.communicate()[1]
-    assert p.returncode == 130, err
-    assert f"rescore train --resume {out}" in err and "Traceback" not in err
-    done = metrics(out)[-1]["step"]
-    assert (out / "checkpoints" / f"{done:08d}" / "manifest.json").exists()
 
 
 def test_help_does_not_wait_for_torch():

@@ -1,4 +1,7 @@
-"""The contract of an algorithm, for every one that the package holds: nobody has to register."""
+"""The contract of an algorithm, for every one that the package holds: nobody has to register.
+
+Each is tried on every kind of process that it does not refuse, its variants on one of each sort.
+"""
 
 import ast
 import dataclasses
@@ -13,18 +16,20 @@ import torch
 from torch import Tensor, nn
 
 import rescore.algorithms
+from gaussians import GaussianTask, linear_network
 from rescore.algorithms.base import Algorithm
-from rescore.algorithms.sepo import Sepo
-from rescore.models.critics import critic_for
+from rescore.models.critics import Critic, critic_for
 from rescore.models.denoiser import SubsScores
 from rescore.models.tiny import MlpDenoiser
+from rescore.models.value import ValueCritic
 from rescore.processes.ctmc import Uniform
 from rescore.processes.schedules import LogLinear
-from rescore.sampling.decoder import Decoder, RateDecoder
+from rescore.sampling.decoder import Decoder, Decoding, GaussianDecoder, RateDecoder, Solver
+from rescore.sampling.gaussian_policy import GaussianPolicy
 from rescore.sampling.policy import MaskedPolicy, Models, Policy, RatePolicy
 from rescore.sampling.record import Record
 from rescore.sampling.rng import SampleRng
-from rescore.types import Credited, MaskedTrajectory, Prompts, Scored, Stage, Terms
+from rescore.types import Credited, Given, MaskedTrajectory, Prompts, Scored, Stage, Terms
 from tiny import TableScores
 
 V, L, T, B = 3, 8, 8, 6
@@ -47,10 +52,15 @@ NEEDS = {"lam_schedule": {"lam": 0.5}}
 
 
 def variants() -> list[Algorithm]:
-    """Every algorithm as it comes, and with each other choice of each field that lists some."""
+    """Every algorithm as it comes, and with each other choice of each field that lists some.
+
+    Also with a KL, where there is one to turn on.
+    """
     found = []
     for kind in algorithms():
         found.append(kind())
+        if getattr(kind(), "beta", None) == 0:
+            found.append(dataclasses.replace(kind(), beta=0.1))
         hints = typing.get_type_hints(kind)
         for field in dataclasses.fields(kind):
             for choice in choices(hints[field.name]):
@@ -77,10 +87,6 @@ def name_of(algorithm: Algorithm) -> str:
     return " ".join([type(algorithm).__name__, *changed])
 
 
-every_algorithm = pytest.mark.parametrize("kind", algorithms(), ids=lambda kind: kind.__name__)
-every_variant = pytest.mark.parametrize("algorithm", variants(), ids=name_of)
-
-
 def policy(seed: int) -> MaskedPolicy:
     denoiser = MlpDenoiser(V, L, generator=torch.Generator().manual_seed(seed))
     return MaskedPolicy(denoiser, Decoder(steps=T, blocks=2, temperature=0.7))
@@ -95,40 +101,95 @@ def masked_rate_policy(seed: int) -> RatePolicy:
     return dataclasses.replace(rate_policy(0), network=SubsScores(policy(seed).denoiser))
 
 
-Worlds = tuple[Policy, Policy, Policy]
-MASKED: Worlds = (policy(0), policy(1), policy(2))
-UNIFORM: Worlds = (rate_policy(0), rate_policy(1), rate_policy(2))
-MASKED_RATES: Worlds = (masked_rate_policy(0), masked_rate_policy(1), masked_rate_policy(2))
+def gaussian(solver: Solver, theta: float) -> GaussianPolicy:
+    decoder = GaussianDecoder(steps=T, solver=solver, t_max=0.98)
+    return GaussianPolicy(linear_network(theta=(theta, -theta)), decoder)
 
 
-def world(algorithm: Algorithm) -> Worlds:
-    """Old policy, new policy and reference of a kind that the method can use."""
-    if not isinstance(algorithm, Sepo):
-        return MASKED
-    return MASKED_RATES if algorithm.mode in ("elbo", "pseudo_likelihood") else UNIFORM
+TASK = GaussianTask(labels=3)
+WORLDS: dict[str, tuple[Policy, Policy, Policy]] = {
+    "masked": (policy(0), policy(1), policy(2)),
+    "uniform": (rate_policy(0), rate_policy(1), rate_policy(2)),
+    "masked rates": (masked_rate_policy(0), masked_rate_policy(1), masked_rate_policy(2)),
+    "gaussian": (gaussian("ddim", 0.0), gaussian("ddim", 0.05), gaussian("ddim", 0.1)),
+    "two steps": (
+        gaussian("dpm_solver_2m_sde", 0.0),
+        gaussian("dpm_solver_2m_sde", 0.05),
+        gaussian("dpm_solver_2m_sde", 0.1),
+    ),
+}
+"""Old policy, new policy and reference of every kind of process."""
 
 
-def models_of(algorithm: Algorithm, policy: Policy) -> Models:
-    ref = world(algorithm)[2] if algorithm.uses_reference else None
-    critic = critic_for(prompts(), V + 1, 0) if algorithm.uses_critic else None
-    if critic is not None:
-        critic.fitted.fill_(True)  # before that there is nothing to train on
+CONTINUOUS = ("gaussian", "two steps")
+
+
+def decoder_of(policy: Policy) -> Decoding:
+    assert isinstance(policy, MaskedPolicy | RatePolicy | GaussianPolicy)
+    return policy.decoder
+
+
+def serves(algorithm: Algorithm, kind: str) -> bool:
+    """Whether the method takes this kind of process."""
+    old = WORLDS[kind][0]
+    try:
+        algorithm.check(decoder_of(old), 3, ["reward"])
+        algorithm.check_process(uniform=kind == "uniform")
+        algorithm.check_models(Models(old))
+    except ValueError:
+        return False
+    return True
+
+
+def cases() -> list[tuple[Algorithm, str]]:
+    """Every method with every kind of process that it takes; its variants with one of each sort."""
+    found = []
+    for variant in variants():
+        kinds = [kind for kind in WORLDS if serves(variant, kind)]
+        if variant != type(variant)():
+            sorts = [[k for k in kinds if (k in CONTINUOUS) is sort] for sort in (False, True)]
+            kinds = [sort[0] for sort in sorts if sort]
+        found += [(variant, kind) for kind in kinds]
+    return found
+
+
+every_algorithm = pytest.mark.parametrize("kind", algorithms(), ids=lambda kind: kind.__name__)
+every_case = pytest.mark.parametrize(
+    ("algorithm", "kind"),
+    cases(),
+    ids=lambda part: part if isinstance(part, str) else name_of(part),
+)
+
+
+def models_of(algorithm: Algorithm, kind: str, policy: Policy) -> Models:
+    ref, critic = WORLDS[kind][2] if algorithm.uses_reference else None, None
+    if algorithm.uses_critic:
+        continuous = isinstance(policy, GaussianPolicy)
+        critic = algorithm.critic(TASK, 0) if continuous else critic_for(prompts(), V + 1, 0)
+        assert isinstance(critic, Critic | ValueCritic)
+        critic.fitted.fill_(1)  # before that there is nothing to train on
     return Models(policy, ref, critic)
 
 
 def weights_of(policy: Policy) -> list[nn.Parameter]:
     """The parameters of its network."""
-    network = policy.denoiser if isinstance(policy, MaskedPolicy) else None
-    if isinstance(policy, RatePolicy):
-        scores = policy.network
-        network = scores.network if isinstance(scores, SubsScores) else scores
+    if isinstance(policy, MaskedPolicy):
+        network = policy.denoiser
+    else:
+        assert isinstance(policy, RatePolicy | GaussianPolicy)
+        network = policy.network
+        network = network.network if isinstance(network, SubsScores) else network
     assert isinstance(network, nn.Module)
     return list(network.parameters())
 
 
+GROUP = torch.tensor([0, 1, 1, 0, 1, 0])
+"""Two groups of three, interleaved."""
+
+
 def prompts() -> Prompts:
-    """Two groups of three, interleaved; one prompt leaves eight blanks, the other five."""
-    group = torch.tensor([0, 1, 1, 0, 1, 0])
+    """One prompt leaves eight blanks, the other five."""
+    group = GROUP
     editable = torch.arange(L)[None] >= 3 * group[:, None]
     return Prompts(
         tokens=torch.where(editable, V, 1),
@@ -139,12 +200,14 @@ def prompts() -> Prompts:
     )
 
 
-def score(algorithm: Algorithm) -> Scored:
+def score(algorithm: Algorithm, kind: str) -> Scored:
     """Sample, select, reward at random (also the completions, if there are any), annotate."""
-    old = world(algorithm)[0]
-    trajectory = old.sample(prompts(), algorithm.record, RNG)
-    models = models_of(algorithm, old)
-    algorithm.check_models(models)
+    old = WORLDS[kind][0]
+    given: Given = prompts()
+    if isinstance(old, GaussianPolicy):
+        given = dataclasses.replace(TASK.prompts("train", GROUP), group=GROUP)
+    trajectory = old.sample(given, algorithm.record, RNG)
+    models = models_of(algorithm, kind, old)
     selected = algorithm.select(models, trajectory)
     generator = torch.Generator().manual_seed(5)
     reward = torch.rand(B, generator=generator, dtype=torch.float64)
@@ -161,19 +224,23 @@ def score(algorithm: Algorithm) -> Scored:
     return algorithm.annotate(models, scored, SampleRng(0, scored.trajectory.prompts.sample_id))
 
 
-def loss(algorithm: Algorithm, credited: Credited, pairs: Tensor) -> tuple[Tensor, Terms]:
+def loss(
+    algorithm: Algorithm, kind: str, credited: Credited, pairs: Tensor
+) -> tuple[Tensor, Terms]:
     """The weighted sum that a micro-batch adds, and its terms."""
     actions = credited.actions(pairs)
-    terms = algorithm.loss(models_of(algorithm, world(algorithm)[1]), actions, RNG)
+    terms = algorithm.loss(models_of(algorithm, kind, WORLDS[kind][1]), actions, RNG)
     return (actions.weight * terms.loss).sum(), terms
 
 
-def gradient(algorithm: Algorithm, credited: Credited, pairs: Tensor, size: int) -> list[Tensor]:
+def gradient(
+    algorithm: Algorithm, kind: str, credited: Credited, pairs: Tensor, size: int
+) -> list[Tensor]:
     """The gradient accumulated over micro-batches of ``size`` pairs."""
-    weights = weights_of(world(algorithm)[1])
+    weights = weights_of(WORLDS[kind][1])
     total = [torch.zeros_like(weight) for weight in weights]
     for part in pairs.split(size):
-        value, _ = loss(algorithm, credited, part)
+        value, _ = loss(algorithm, kind, credited, part)
         found = torch.autograd.grad(value, weights)
         total = [t + g for t, g in zip(total, found, strict=True)]
     return total
@@ -198,6 +265,30 @@ def same(a: Stage, b: Stage) -> bool:
 def test_the_algorithms_are_found():
     """The walk is not empty."""
     assert {"Reinforce", "Egspo"} <= {kind.__name__ for kind in algorithms()}
+
+
+@pytest.mark.parametrize("algorithm", variants(), ids=name_of)
+def test_every_variant_is_tried(algorithm):
+    """None escapes by refusing everything."""
+    assert any(serves(algorithm, kind) for kind in WORLDS)
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("Reinforce", ["masked", "uniform", "masked rates", "gaussian", "two steps"]),
+        ("Egspo", ["masked"]),
+        ("Sepo", ["uniform", "masked rates"]),
+        ("Ddpo", ["gaussian", "two steps"]),
+        ("Dpok", ["gaussian", "two steps"]),
+        ("FlowGrpo", ["gaussian", "two steps"]),
+        ("ScoreAsAction", ["gaussian", "two steps"]),
+    ],
+)
+def test_a_method_takes_what_it_is_for(name, kinds):
+    """As it comes, and nothing else."""
+    (kind,) = [kind for kind in algorithms() if kind.__name__ == name]
+    assert [world for world in WORLDS if serves(kind(), world)] == kinds
 
 
 @every_algorithm
@@ -240,14 +331,11 @@ def test_every_field_says_what_it_is(kind):
             assert documented, ast.unparse(node.target)
 
 
-@every_variant
-def test_the_stages_have_their_shapes(algorithm):
+@every_case
+def test_the_stages_have_their_shapes(algorithm, kind):
     """record -> select -> annotate -> credit -> loss on a tiny world; the numbers are finite."""
-    old = world(algorithm)[0]
-    assert isinstance(old, MaskedPolicy | RatePolicy)
-    algorithm.check(old.decoder, 3, ["reward"])
     assert isinstance(algorithm.record, Record)
-    scored = score(algorithm)
+    scored = score(algorithm, kind)
     assert scored.step.shape == scored.step_weight.shape
     assert scored.step.dtype == torch.long
     assert scored.trajectory.n_steps == T
@@ -259,12 +347,13 @@ def test_the_stages_have_their_shapes(algorithm):
     assert credited.advantage.shape == credited.weight.shape == scored.step.shape
     path = credited.trajectory
     acts = path.revealed() > 0 if isinstance(path, MaskedTrajectory) else path.acts()
+    acts = acts | (not algorithm.uses_likelihood)
     finished = torch.ones(B, 1, dtype=torch.bool)
     idle = ~torch.cat([acts, finished], 1).gather(1, credited.step)
     assert bool((credited.weight[idle | (credited.step_weight == 0)] == 0).all())
     assert bool((credited.weight >= 0).all())
     pairs = credited.pairs()
-    value, terms = loss(algorithm, credited, pairs)
+    value, terms = loss(algorithm, kind, credited, pairs)
     assert terms.loss.shape == (len(pairs),)
     assert value.requires_grad and bool(terms.loss.isfinite().all())
     for name, metric in terms.metrics.items():
@@ -272,10 +361,10 @@ def test_the_stages_have_their_shapes(algorithm):
         assert not metric.requires_grad and bool(metric.isfinite().all()), name
 
 
-@every_variant
-def test_credit_is_pure(algorithm):
+@every_case
+def test_credit_is_pure(algorithm, kind):
     """Twice the same result, the input unchanged, and no gradient anywhere in it."""
-    scored = score(algorithm)
+    scored = score(algorithm, kind)
     before = tensors(scored)
     credited = algorithm.credit(scored)
     assert same(algorithm.credit(scored), credited)
@@ -283,49 +372,49 @@ def test_credit_is_pure(algorithm):
     assert not any(tensor.requires_grad for tensor in tensors(credited))
 
 
-@every_variant
-def test_credit_does_not_depend_on_the_order_of_the_samples(algorithm):
+@every_case
+def test_credit_does_not_depend_on_the_order_of_the_samples(algorithm, kind):
     """Permuting the batch permutes the credit."""
-    scored = score(algorithm)
+    scored = score(algorithm, kind)
     order = torch.tensor([4, 0, 5, 2, 1, 3])
     permuted, whole = algorithm.credit(scored.take(order)), algorithm.credit(scored)
     torch.testing.assert_close(permuted.advantage, whole.advantage[order])
     torch.testing.assert_close(permuted.weight, whole.weight[order])
 
 
-@every_variant
-def test_a_term_belongs_to_its_pair(algorithm):
+@every_case
+def test_a_term_belongs_to_its_pair(algorithm, kind):
     """Permuting the pairs permutes loss and metrics."""
-    credited = algorithm.credit(score(algorithm))
+    credited = algorithm.credit(score(algorithm, kind))
     pairs = credited.pairs()
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))
-    _, terms = loss(algorithm, credited, pairs)
-    _, permuted = loss(algorithm, credited, pairs[order])
+    _, terms = loss(algorithm, kind, credited, pairs)
+    _, permuted = loss(algorithm, kind, credited, pairs[order])
     torch.testing.assert_close(permuted.loss, terms.loss[order])
     assert set(permuted.metrics) == set(terms.metrics)
     for name, metric in terms.metrics.items():
         torch.testing.assert_close(permuted.metrics[name], metric[order])
 
 
-@every_variant
-def test_the_gradient_does_not_depend_on_the_micro_batches(algorithm):
+@every_case
+def test_the_gradient_does_not_depend_on_the_micro_batches(algorithm, kind):
     """Any split of the pairs adds up to the same gradient, which is not zero."""
-    credited = algorithm.credit(score(algorithm))
+    credited = algorithm.credit(score(algorithm, kind))
     pairs = credited.pairs()
-    whole = gradient(algorithm, credited, pairs, len(pairs))
+    whole = gradient(algorithm, kind, credited, pairs, len(pairs))
     assert any(bool(g.abs().max() > 1e-6) for g in whole)
     for size in (1, 5, 16):
-        for a, b in zip(gradient(algorithm, credited, pairs, size), whole, strict=True):
+        for a, b in zip(gradient(algorithm, kind, credited, pairs, size), whole, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
-@every_variant
-def test_the_loss_leaves_the_batch_alone(algorithm):
+@every_case
+def test_the_loss_leaves_the_batch_alone(algorithm, kind):
     """No tensor of the micro-batch is written to, and only the new policy gets a gradient."""
-    credited = algorithm.credit(score(algorithm))
+    credited = algorithm.credit(score(algorithm, kind))
     before = tensors(credited)
-    value, _ = loss(algorithm, credited, credited.pairs())
-    reference = weights_of(world(algorithm)[2])
+    value, _ = loss(algorithm, kind, credited, credited.pairs())
+    reference = weights_of(WORLDS[kind][2])
     reference = torch.autograd.grad(value, reference, allow_unused=True)
     assert all(g is None for g in reference)
     assert all(torch.equal(x, y) for x, y in zip(before, tensors(credited), strict=True))

@@ -11,8 +11,10 @@ import pytest
 from rescore.algorithms.base import Algorithm
 from rescore.algorithms.sepo import Sepo
 from rescore.models.dna import ConvConfig
+from rescore.models.unet import UNetConfig
 from rescore.sampling.decoder import Decoding, RateDecoder
 from rescore.tasks.countdown import Countdown
+from rescore.tasks.digits import Digits
 from rescore.tasks.dna import Dna
 from rescore.tasks.dna_sequences import Grammar
 from rescore.tasks.replies import Replies
@@ -23,12 +25,18 @@ from rescore.training.pretrain import Pretrain
 from rescore.training.recipes import recipes, run_of
 from rescore.training.session import start
 
-SHAPES: dict[type, dict[str, Any]] = {ConvConfig: {"width": 4, "dilations": (1, 4)}}
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+SHAPES: dict[type, dict[str, Any]] = {
+    ConvConfig: {"width": 4, "dilations": (1, 4)},
+    UNetConfig: {"widths": (8, 8)},
+}
 DATA: dict[type, dict[str, Any]] = {
-    Sudoku: {"pool": 64},
+    Sudoku: {"pool": 64, "validation_pool": 32, "test_pool": 32},
     Countdown: {"pool": 64},
     Dna: {"library": Grammar(sequences=400)},
     Replies: {"pairs": 32, "clean_pool": 64},
+    Digits: {"pool": 64},
 }
 """Less of everything."""
 SMALL = [name for name in sorted(recipes()) if isinstance(run_of(name).base, Pretrain)]

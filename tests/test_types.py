@@ -104,7 +104,7 @@ def test_take_reaches_every_tensor():
             (prompts.info["answer"], stage.trajectory.prompts.info["answer"]),
         ):
             assert torch.equal(taken, whole[rows])
-        assert path.entropy is None and prompts.attend is None
+        assert path.entropy is None and isinstance(prompts, Prompts) and prompts.attend is None
         assert path.max_revealed == 2
 
 

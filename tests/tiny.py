@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from rescore.algorithms.reinforce import Reinforce
-from rescore.models.denoiser import Denoiser, ScoreNetwork
+from rescore.models.denoiser import Denoiser
 from rescore.models.tiny import MlpDenoiser
 from rescore.models.transformer import Transformer, TransformerConfig
 from rescore.processes.ctmc import Process
 from rescore.rewards.reward import Reward, RewardFunction
 from rescore.sampling.decoder import Decoder
 from rescore.sampling.policy import MaskedPolicy, Policy
-from rescore.tasks.task import Split, Task
+from rescore.tasks.task import Split, Task, TokenTask
 from rescore.training import checkpoint, log
 from rescore.training.base import Base
 from rescore.training.checkpoint import Checkpoint
@@ -45,7 +45,7 @@ def solved(outputs: Tensor, prompts: Prompts) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Match(Task):
+class Match(TokenTask):
     """Write the target: the number of the prompt in base 3. Odd prompts give its first digit."""
 
     functions: dict[str, RewardFunction] = field(
@@ -200,7 +200,7 @@ def masked_policy(policy: Policy | None) -> MaskedPolicy:
     return policy
 
 
-def denoiser(network: Denoiser | ScoreNetwork) -> Denoiser:
+def denoiser(network: object) -> Denoiser:
     """The denoiser that it is."""
     assert isinstance(network, Denoiser)
     return network

@@ -11,17 +11,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rescore.algorithms.base import Algorithm as Algorithm
+    from rescore.algorithms.ddpo import Ddpo as Ddpo
+    from rescore.algorithms.dpok import Dpok as Dpok
     from rescore.algorithms.egspo import Egspo as Egspo
+    from rescore.algorithms.flow_grpo import FlowGrpo as FlowGrpo
     from rescore.algorithms.reinforce import Reinforce as Reinforce
+    from rescore.algorithms.score_as_action import ScoreAsAction as ScoreAsAction
     from rescore.algorithms.sepo import Sepo as Sepo
     from rescore.models.denoiser import Denoiser as Denoiser
     from rescore.models.denoiser import ScoreNetwork as ScoreNetwork
     from rescore.models.finetune import Lora as Lora
+    from rescore.models.gaussian_network import GaussianNetwork as GaussianNetwork
     from rescore.models.transformer import Transformer as Transformer
     from rescore.models.transformer import TransformerConfig as TransformerConfig
     from rescore.rewards.reward import Reward as Reward
     from rescore.sampling.decoder import Decoder as Decoder
+    from rescore.sampling.decoder import GaussianDecoder as GaussianDecoder
     from rescore.sampling.decoder import RateDecoder as RateDecoder
+    from rescore.sampling.gaussian_policy import GaussianPolicy as GaussianPolicy
     from rescore.sampling.policy import MaskedPolicy as MaskedPolicy
     from rescore.sampling.policy import Models as Models
     from rescore.sampling.policy import RatePolicy as RatePolicy
@@ -31,15 +38,20 @@ if TYPE_CHECKING:
     from rescore.tasks.dna import Dna as Dna
     from rescore.tasks.replies import Replies as Replies
     from rescore.tasks.sudoku import Sudoku as Sudoku
+    from rescore.tasks.task import ContinuousTask as ContinuousTask
     from rescore.tasks.task import Task as Task
+    from rescore.tasks.task import TokenTask as TokenTask
     from rescore.training.base import Base as Base
     from rescore.training.optim import Optim as Optim
     from rescore.training.pretrain import Pretrain as Pretrain
     from rescore.training.run import Evaluate as Evaluate
     from rescore.training.run import Run as Run
     from rescore.types import Actions as Actions
+    from rescore.types import Conditions as Conditions
     from rescore.types import Credited as Credited
+    from rescore.types import GaussianTrajectory as GaussianTrajectory
     from rescore.types import MaskedTrajectory as MaskedTrajectory
+    from rescore.types import Points as Points
     from rescore.types import Prompts as Prompts
     from rescore.types import Scored as Scored
     from rescore.types import Selected as Selected
@@ -48,16 +60,19 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "types": "Prompts MaskedTrajectory Selected Scored Credited Actions Terms",
+    "types": "Prompts Conditions Points MaskedTrajectory GaussianTrajectory Selected Scored"
+    " Credited Actions Terms",
     "models.denoiser": "Denoiser ScoreNetwork",
+    "models.gaussian_network": "GaussianNetwork",
     "models.transformer": "Transformer TransformerConfig",
     "models.finetune": "Lora",
     "rewards.reward": "Reward",
-    "tasks.task": "Task",
+    "tasks.task": "Task TokenTask ContinuousTask",
     "tasks.sudoku": "Sudoku",
     "tasks.dna": "Dna",
     "tasks.replies": "Replies",
-    "sampling.decoder": "Decoder RateDecoder",
+    "sampling.decoder": "Decoder RateDecoder GaussianDecoder",
+    "sampling.gaussian_policy": "GaussianPolicy",
     "sampling.record": "Record Score",
     "sampling.rng": "SampleRng",
     "sampling.policy": "MaskedPolicy RatePolicy Models",
@@ -65,6 +80,10 @@ _HOME = {
     "algorithms.reinforce": "Reinforce",
     "algorithms.egspo": "Egspo",
     "algorithms.sepo": "Sepo",
+    "algorithms.score_as_action": "ScoreAsAction",
+    "algorithms.ddpo": "Ddpo",
+    "algorithms.dpok": "Dpok",
+    "algorithms.flow_grpo": "FlowGrpo",
     "training.base": "Base",
     "training.pretrain": "Pretrain",
     "training.optim": "Optim",

@@ -107,7 +107,7 @@ def sample(arguments: Sequence[str]) -> None:
 
 
 def export(arguments: Sequence[str]) -> None:
-    """Write the best weights of a run on a language model: adapters for peft, or all merged.
+    """Write the best weights of a run on a pretrained model: adapters for peft, or all merged.
 
     --out DIR    a new folder
     --merged     all weights in the layout of the original checkpoint

@@ -1,10 +1,10 @@
 """One type per stage of the pipeline; data flows down through them, once.
 
-    Prompts -> Trajectory -> Selected -> Scored -> Credited -> Actions -> Terms
+    Given -> Trajectory -> Selected -> Scored -> Credited -> Actions -> Terms
 
 Axes: ``B`` paths (samples), ``L`` positions, ``T`` denoising steps of the sampler, ``K`` steps an
-algorithm selected, ``N`` flat (sample, step) pairs, ``V`` tokens. Steps are counted noise first:
-step 0 starts from the fully masked canvas.
+algorithm selected, ``N`` flat (sample, step) pairs, ``V`` tokens, ``*shape`` a continuous sample.
+Steps are counted noise first: step 0 starts from the fully masked canvas, or from pure noise.
 """
 
 from __future__ import annotations
@@ -15,10 +15,15 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 S = TypeVar("S", bound="Stage")
+P = TypeVar("P", bound="Trajectory")
+State = Float[Tensor, "B *shape"]
+"""Continuous samples of any shape, in a batch."""
+Outputs = Shaped[Tensor, "B *shape"]
+"""Finished samples: tokens or continuous."""
 
 
 def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
@@ -74,15 +79,9 @@ class Stage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prompts(Stage):
-    """What is given: a canvas to fill, and the identity of every sample."""
+class Given(Stage):
+    """What is given: the identity of every sample, and what it is judged by."""
 
-    tokens: Int[Tensor, "B L"]
-    """The canvas x_T: given tokens where clamped, the mask token where editable."""
-    editable: Bool[Tensor, "B L"]
-    """True where the model writes; False at given tokens and padding."""
-    attend: Bool[Tensor, "B L"] | None = None
-    """False at padding, which no position may attend to; None where nothing is padded."""
     group: Int[Tensor, " B"]
     """Samples of the same prompt share a number in [0, B)."""
     sample_id: Int[Tensor, " B"]
@@ -92,12 +91,49 @@ class Prompts(Stage):
 
     @property
     def n_samples(self) -> int:
-        return self.tokens.shape[0]
+        return self.sample_id.shape[0]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Examples(Stage):
-    """Finished sequences to learn from."""
+class Prompts(Given):
+    """A canvas of tokens to fill."""
+
+    tokens: Int[Tensor, "B L"]
+    """The canvas x_T: given tokens where clamped, the mask token where editable."""
+    editable: Bool[Tensor, "B L"]
+    """True where the model writes; False at given tokens and padding."""
+    attend: Bool[Tensor, "B L"] | None = None
+    """False at padding, which no position may attend to; None where nothing is padded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions(Given):
+    """What a continuous sample is made under."""
+
+    inputs: Mapping[str, Tensor]
+    """What the network is told besides x_t and t (leading axis B), by name: a class label, the
+    embedding of a text. Empty for an unconditional model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clean(Stage):
+    """Finished samples to learn from."""
+
+    x_0: Outputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Points(Clean):
+    """Continuous samples: images, points in a plane."""
+
+    x_0: State
+    inputs: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    """As in ``Conditions``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples(Clean):
+    """Finished sequences."""
 
     x_0: Int[Tensor, "n L"]
     editable: Bool[Tensor, "n L"]
@@ -123,8 +159,8 @@ class Kept(Stage):
 class Trajectory(Stage):
     """A sampled path, in the form its process is stored in."""
 
-    prompts: Prompts
-    x_0: Int[Tensor, "B L"]
+    prompts: Given
+    x_0: Outputs
     log_prob: Float[Tensor, "B T"]
     """Log-probability of each step under the sampling policy, in the recorded score (nats)."""
 
@@ -132,17 +168,69 @@ class Trajectory(Stage):
     def n_steps(self) -> int:
         return self.log_prob.shape[1]
 
-    def state(self, step: Int[Tensor, " B"], mask_id: int) -> Int[Tensor, "B L"]:
-        """The canvas before ``step``; after the last one where ``step`` is the number of steps."""
-        raise NotImplementedError
-
     def acts(self) -> Bool[Tensor, "B T"]:
         """Steps in which something is drawn."""
         raise NotImplementedError
 
+    def around(self: P, sample: Int[Tensor, " N"], step: Int[Tensor, " N"]) -> P:
+        """The paths ``sample``, of which only what concerns ``step`` will be asked."""
+        return self.take(sample)
+
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedTrajectory(Trajectory):
+class TokenTrajectory(Trajectory):
+    """A path whose states are canvases of tokens."""
+
+    prompts: Prompts
+    x_0: Int[Tensor, "B L"]
+
+    def state(self, step: Int[Tensor, " B"], mask_id: int) -> Int[Tensor, "B L"]:
+        """The canvas before ``step``; after the last one where ``step`` is the number of steps."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaussianTrajectory(Trajectory):
+    """A path of a process with Gaussian noise: its states."""
+
+    prompts: Conditions
+    x_0: State
+    path: Float[Tensor, "B M *shape"]
+    """The states x before step 0, 1, ..., and after the last one: M = T + 1; M = 0 where they were
+    not asked for. The part around a step has fewer, see ``first``."""
+    first: Int[Tensor, " B"]
+    """Number of the step that the first state in ``path`` is before."""
+    output: Float[Tensor, "B T *shape"] | None = None
+    """What the network said at every state but the last, if it was asked for."""
+    random: Bool[Tensor, "B T"]
+    """Steps that draw noise, so that they have a density."""
+
+    def state(self, step: Int[Tensor, " B"]) -> State:
+        """The state before ``step``; x_0 where ``step`` is the number of steps."""
+        row = torch.arange(len(step), device=step.device)
+        return self.path[row, step - self.first]
+
+    def acts(self) -> Bool[Tensor, "B T"]:
+        """Steps that draw noise."""
+        return self.random
+
+    def around(self, sample: Int[Tensor, " N"], step: Int[Tensor, " N"]) -> GaussianTrajectory:
+        """The states before ``step``, before the one before it, and after it; no outputs."""
+        n_states = min(3, self.path.shape[1])
+        first = (step - 1).clamp(min=0, max=self.path.shape[1] - n_states)
+        columns = first[:, None] + torch.arange(n_states, device=step.device)
+        return GaussianTrajectory(
+            prompts=self.prompts.take(sample),
+            x_0=self.x_0[sample],
+            log_prob=self.log_prob[sample],
+            path=self.path[sample[:, None], columns],
+            first=first,
+            random=self.random[sample],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedTrajectory(TokenTrajectory):
     """A path of the masked process: the final tokens and one reveal rank per position.
 
     ``rank = step * L + place within the step`` where a token was revealed, -1 where it was given,
@@ -181,7 +269,7 @@ class MaskedTrajectory(Trajectory):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RateTrajectory(Trajectory):
+class RateTrajectory(TokenTrajectory):
     """A path of a process in continuous time: the final tokens, and the moves that were kept."""
 
     step: Int[Tensor, "B M"]
@@ -198,6 +286,20 @@ class RateTrajectory(Trajectory):
     def move(self, step: Int[Tensor, " B"]) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B L"]]:
         """The states before and after a kept move."""
         return self._at(self.before, step), self._at(self.after, step)
+
+    def around(self, sample: Int[Tensor, " N"], step: Int[Tensor, " N"]) -> RateTrajectory:
+        """Each path with the one move asked for; with all that it has if a sample is finished."""
+        if not self.step.shape[1] or bool((step == self.n_steps).any()):
+            return self.take(sample)
+        column = (self.step[sample] == step[:, None]).to(torch.uint8).argmax(1)
+        return RateTrajectory(
+            prompts=self.prompts.take(sample),
+            x_0=self.x_0[sample],
+            log_prob=self.log_prob[sample],
+            step=step[:, None],
+            before=self.before[sample, column][:, None],
+            after=self.after[sample, column][:, None],
+        )
 
     def acts(self) -> Bool[Tensor, "B T"]:
         """Every step draws every editable token."""
@@ -255,7 +357,7 @@ class Credited(Scored):
         sample, column = pairs.unbind(1)
         step = self.step[sample, column]
         return Actions(
-            trajectory=self.trajectory.take(sample),
+            trajectory=self.trajectory.around(sample, step),
             step=step,
             advantage=self.advantage[sample, column],
             weight=self.weight[sample, column],

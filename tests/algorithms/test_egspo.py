@@ -387,6 +387,7 @@ def test_loss_by_hand(kl, aggregation):
     with torch.no_grad():
         terms = algorithm.loss(Models(NEW, REF), actions, RNG)
         now = masked(actions.trajectory).step_of() == actions.step[:, None]
+        assert isinstance(actions.trajectory, MaskedTrajectory)
         x_t = actions.trajectory.state(actions.step, V)
         log_new, log_old, log_ref = (
             (p.denoiser.predict(x_t) / 0.7).log_softmax(-1) for p in (NEW, OLD, REF)

@@ -16,15 +16,16 @@ from torch import Tensor, nn
 
 from rescore.algorithms import sepo
 from rescore.algorithms.sepo import SNIS_BYTES, Sepo
-from rescore.models.critics import ScalarCritic
+from rescore.models.critics import Critic, ScalarCritic
 from rescore.models.denoiser import ScoreNetwork
 from rescore.models.sedd import SeddConfig
 from rescore.processes.ctmc import Absorbing, Process, Uniform
 from rescore.rewards.reward import Reward
 from rescore.sampling.decoder import Decoder, RateDecoder
 from rescore.sampling.policy import Models, RatePolicy, policy_of
+from rescore.sampling.record import Score
 from rescore.sampling.rng import SampleRng
-from rescore.tasks.task import Split, Task
+from rescore.tasks.task import Split, Task, TokenTask
 from rescore.training.base import Base
 from rescore.training.optim import Optim
 from rescore.training.rollout import probe, rollout
@@ -83,7 +84,7 @@ UNIFORM, MASKED = Uniform(4), Absorbing(5, mask_id=4)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sums(Task):
+class Sums(TokenTask):
     """Write letters of large weight; the weights of positions differ, so rewards rarely tie."""
 
     positions: int = 200
@@ -330,6 +331,7 @@ def test_the_critic_is_subtracted_before_it_learns():
     assert len(credited.pairs()) == 0
     algorithm.fit(models, credited)
     assert models.critic is not None
+    assert isinstance(models.critic, Critic) and isinstance(scored.trajectory.prompts, Prompts)
     value = models.critic.value(scored.trajectory.prompts)
     torch.testing.assert_close(value.double(), scored.reward.mean().expand(8), atol=0.1, rtol=0)
     again = algorithm.annotate(models, replace(scored, notes={}), SampleRng(0, torch.arange(8)))
@@ -373,6 +375,24 @@ def test_what_the_reference_excludes_has_a_finite_kl():
     kl = algorithm.loss(models, actions, SampleRng(0, torch.arange(8))).metrics["kl_new_ref"]
     assert kl.isfinite().all() and kl.mean() > 1
     assert gradient(models, algorithm, actions).isfinite().all()
+
+
+def test_the_path_kl_is_the_sum_over_its_steps():
+    """With all four steps kept it is what the transitions say of them, added up."""
+    decoder = RateDecoder(steps=3, corrector_steps=1)
+    algorithm = Sepo(beta=1.0, kl_steps=4)
+    models, scored = scored_by(algorithm, MASKED, n=8, decoder=decoder)
+    actions = actions_of(algorithm, scored)
+    path = actions.trajectory
+    found = algorithm.loss(models, actions, SampleRng(0, path.prompts.sample_id))
+    assert models.ref is not None
+    total = torch.zeros(())
+    for k in range(4):
+        step = torch.full((len(path.log_prob),), k)
+        new, ref = (m.transition(path, step, Score()) for m in (models.new, models.ref))
+        gap = torch.where(new.log_p.isfinite(), new.log_p - ref.log_p, 0.0)
+        total = total + torch.where(new.revealed[..., None], new.log_p.exp() * gap, 0.0).sum((1, 2))
+    torch.testing.assert_close(found.metrics["kl_new_ref"], total.detach())
 
 
 def test_random_steps_estimate_the_path_kl():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import copy
+import io
 import json
 import os
 import re
@@ -13,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from matplotlib import image as plt_image
 
 from rescore.evaluation import plots
+from rescore.evaluation.plots import sheet
 from rescore.evaluation.report import Estimate, build_report, cell_state
 
 NASTY = """<script>alert('1')</script>&amp;"$x_$"""
@@ -122,10 +127,16 @@ def unplotted(files) -> dict[str, Any]:
     return {name: content for name, content in files.items() if not name.endswith(".jsonl")}
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The report of all files, drawn once; not to be written over."""
+    return build_report(write(tmp_path_factory.mktemp("whole"), FILES))
+
+
 class Page(HTMLParser):
     """Every element closes; what is left is the text, the attributes and the cells of boards."""
 
-    VOID = ("meta", "br")
+    VOID = ("meta", "br", "img")
 
     def __init__(self, report: Path) -> None:
         super().__init__()
@@ -175,9 +186,11 @@ def polylines(svg: str, colour: str) -> list[list[tuple[float, float]]]:
 # --- the page ---------------------------------------------------------------------------------
 
 
-def test_page_shows_every_number_of_the_result(tmp_path, files):
+def test_page_shows_every_number_of_the_result(whole):
     """Means, standard errors, CPU seconds, and differences from the first row with theirs."""
-    text = page(write(tmp_path, files)).text
+    parsed = Page(whole)
+    assert parsed.tags.count("svg") == 2 * 2 + 6  # learning curves on both axes; diagnostics
+    text = parsed.text
     for shown in ("0.300 ± 0.030", "0.350 ± 0.030", "0.500 ± 0.040", "0.750 ± 0.020"):
         assert shown in text
     assert "+0.200 ± 0.050 up by more than 2 s.e." in text  # 0.05 = hypot(0.03, 0.04)
@@ -217,10 +230,9 @@ def test_page_shows_how_to_reproduce_the_run(tmp_path, unplotted):
     assert text.count("rescore.training.run.Run") == 1
 
 
-def test_page_needs_nothing_from_outside(tmp_path, files):
+def test_page_needs_nothing_from_outside(whole):
     """No script, no address but the names of the SVG namespaces, no reference but to itself."""
-    parsed = page(write(tmp_path, files))
-    html = (tmp_path / "report.html").read_text("utf-8")
+    parsed, html = Page(whole), whole.read_text("utf-8")
     addresses = set(re.findall(r"https?://[^\s\"'<>]*", html))
     assert addresses == {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
     assert not {"script", "link", "img", "iframe", "object"} & set(parsed.tags)
@@ -229,9 +241,9 @@ def test_page_needs_nothing_from_outside(tmp_path, files):
     assert not re.search(r"@import|url\((?!#)", html)
 
 
-def test_references_inside_the_plots_are_unambiguous(tmp_path, files):
+def test_references_inside_the_plots_are_unambiguous(whole):
     """No id is used twice in the page, and each reference finds its target."""
-    attributes = page(write(tmp_path, files)).attributes
+    attributes = Page(whole).attributes
     ids = [value for name, value in attributes if name == "id"]
     assert len(ids) == len(set(ids))
     used = [str(value)[1:] for name, value in attributes if name == "xlink:href"]
@@ -239,9 +251,9 @@ def test_references_inside_the_plots_are_unambiguous(tmp_path, files):
     assert used and clips and {*used, *clips} <= set(ids)
 
 
-def test_text_from_files_is_text(tmp_path, files):
+def test_text_from_files_is_text(whole, tmp_path, files):
     """Whatever strings a run holds, they add no element to the page and are shown as they are."""
-    plain = page(write(tmp_path, files))
+    plain = Page(whole)
     files["run.json"] |= {"recipe": NASTY, "command": NASTY, "config": {"class": NASTY}}
     files["run.json"]["config"] |= {NASTY: NASTY, "terms": [], "algorithm": {}}
     files["environment.json"] = {NASTY: [NASTY]}
@@ -263,9 +275,8 @@ def test_text_from_files_is_text(tmp_path, files):
     assert names <= {name for name, _ in plain.attributes}
 
 
-def test_same_files_give_the_same_bytes(tmp_path, files):
+def test_same_files_give_the_same_bytes(whole, tmp_path):
     """Also in a process with another hash seed, where importing the report draws nothing yet."""
-    report = build_report(write(tmp_path, files)).read_bytes()
     script = (
         "import sys, pathlib; from rescore.evaluation.report import build_report\n"
         "assert 'matplotlib' not in sys.modules\n"
@@ -273,9 +284,9 @@ def test_same_files_give_the_same_bytes(tmp_path, files):
     )
     again = tmp_path / "elsewhere" / "again.html"
     environment = os.environ | {"PYTHONHASHSEED": "12", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", script, str(tmp_path), str(again)]
+    command = [sys.executable, "-c", script, str(whole.parent), str(again)]
     subprocess.run(command, check=True, env=environment)
-    assert again.read_bytes() == report
+    assert again.read_bytes() == whole.read_bytes()
 
 
 def test_a_report_is_replaced_not_rewritten(tmp_path, unplotted):
@@ -448,6 +459,34 @@ def test_film_is_drawn_cell_by_cell(tmp_path, unplotted):
     assert "the puzzle 3 blanks" in parsed.text
     assert "step 1 1 right, 1 wrong" in parsed.text
     assert "step 2 1 right, 2 wrong" in parsed.text
+
+
+def test_sheets_of_images_take_the_place_of_a_film(tmp_path, unplotted):
+    """Both pictures are in the page, bit by bit; one alone is not shown."""
+    del unplotted["samples/film.json"]
+    run = write(tmp_path, unplotted)
+    (run / "samples").mkdir()
+    pictures = {}
+    for label, shade in (("before", 0.0), ("after", 1.0)):
+        assert "no puzzle has been filmed" in page(run).text
+        pictures[label] = sheet(torch.full((3, 1, 8, 8), shade))
+        (run / "samples" / f"{label}.png").write_bytes(pictures[label])
+    parsed = page(run)
+    shown = [value for name, value in parsed.attributes if name == "src"]
+    coded = [base64.b64encode(data).decode() for data in pictures.values()]
+    assert shown == [f"data:image/png;base64,{code}" for code in coded]
+    assert "no puzzle has been filmed" not in parsed.text
+    assert coded[0] != coded[1]
+
+
+def test_a_sheet_has_every_image_in_its_place():
+    images = torch.linspace(0, 1, 10)[:, None, None, None].expand(10, 1, 4, 4)
+    pixels = plt_image.imread(io.BytesIO(sheet(images, columns=4)))
+    assert pixels.shape[:2] == (3 * 66, 4 * 66)
+    for number, shade in enumerate(torch.linspace(0, 1, 10).tolist()):
+        row, column = divmod(number, 4)
+        assert abs(pixels[row * 66 + 33, column * 66 + 33, 0] - shade) < 0.01
+    assert (pixels[2 * 66 + 33, 3 * 66 + 33, :3] == 1).all()
 
 
 def test_boxes_end_below_too(tmp_path, unplotted):

@@ -210,7 +210,9 @@ def test_missing_peft_says_what_to_install(monkeypatch):
 
 def test_reference_needs_a_denoiser():
     """A plain module has no predict."""
-    with pytest.raises(ValueError, match="Linear is no Denoiser .*predict.* and no ScoreNetwork"):
+    with pytest.raises(
+        ValueError, match="Linear is no Denoiser .*predict.* no ScoreNetwork .* GaussianNetwork"
+    ):
         reference(nn.Linear(2, 2))
 
 

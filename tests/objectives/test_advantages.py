@@ -12,6 +12,7 @@ from rescore.objectives.advantages import (
     centre,
     covering_steps,
     normalise_std,
+    standardise,
     stepwise_advantage,
     zero_variance,
 )
@@ -155,6 +156,35 @@ def test_groups_without_spread_are_normalised_to_exactly_zero(dtype):
     assert found[:4, 0].tolist() == [0.0] * 4
     assert bool((found[4:] > 0).all())
     assert found.dtype == dtype
+
+
+def test_standardised_returns_by_hand():
+    """Less the mean of the group, over the deviation of another, larger group: here of all."""
+    batch = torch.zeros_like(GROUP)
+    found = standardise(RETURNS, GROUP, batch)
+    by_hand = (RETURNS - torch.stack([RETURNS[g == GROUP].mean(0) for g in GROUP])) / RETURNS.std(0)
+    torch.testing.assert_close(found, by_hand, rtol=1e-7, atol=1e-12)
+    whole = (RETURNS - RETURNS.mean(0)) / RETURNS.std(0)
+    torch.testing.assert_close(standardise(RETURNS, batch), whole, rtol=1e-7, atol=1e-12)
+
+
+def test_standardised_returns_are_centred_ones_normalised():
+    """In the same group both ways are one."""
+    both = normalise_std(centre(RETURNS, GROUP, "group_mean"), GROUP)
+    torch.testing.assert_close(standardise(RETURNS, GROUP), both)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_groups_without_spread_are_standardised_to_exactly_zero(dtype):
+    """By their own deviation, by that of the batch, and where the whole batch has none."""
+    value = torch.tensor([[0.1 + 0.2], [0.1 + 0.2], [0.1 + 0.2], [0.7], [1.0], [2.0]], dtype=dtype)
+    group = torch.tensor([0, 0, 0, 1, 4, 4])
+    for spread in (None, torch.zeros_like(group)):
+        found = standardise(value, group, spread)
+        assert found[:4, 0].tolist() == [0.0] * 4
+        assert found[4] < 0 < found[5]
+        assert found.dtype == dtype
+    assert standardise(value[:3], group[:3]).tolist() == [[0.0]] * 3
 
 
 # ---- stepwise advantages -------------------------------------------------------------------------

@@ -422,6 +422,7 @@ def test_e_the_completion_before_the_last_step(order):
     algorithm = Egspo(n_steps=1, selection="uniform", lam=math.inf, baseline="none", beta=0.0)
     policy = MaskedPolicy(network, Decoder(steps=T, order=order, temperature=0.7))
     stage = credited(algorithm, Models(policy), given)
+    assert isinstance(stage.trajectory, MaskedTrajectory)
     x_t = stage.trajectory.state(stage.step[:, 0], V)
     guess = torch.where(x_t == V, network.predict(x_t).argmax(-1), x_t)
     close(stage.advantage[:, 0], reward_of(stage.trajectory.x_0) - reward_of(guess))

@@ -17,7 +17,7 @@ from rescore.processes.schedules import Geometric, LogLinear
 from rescore.proof.oracle import EnumeratingRng
 from rescore.sampling.decoder import Decoder, RateDecoder
 from rescore.sampling.policy import MaskedPolicy, Models, RatePolicy, policy_of
-from rescore.sampling.rates import sample_rates
+from rescore.sampling.rates import log_or_impossible, sample_rates
 from rescore.sampling.record import Record, Score
 from rescore.sampling.rng import SampleRng
 from rescore.types import Prompts, RateTrajectory, Scored
@@ -160,6 +160,15 @@ def test_the_gradient_of_a_step_does_not_depend_on_the_kinds_beside_it(kind, pre
     for a, b in zip(mixed, singly, strict=True):
         assert a is not None and b is not None and bool(a.isfinite().all())
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+def test_what_is_impossible_has_no_gradient():
+    """Logarithms are -inf where a probability is 0, and their gradient is 0 there, not infinite."""
+    probs = torch.tensor([0.0, 0.25, 1.0]).requires_grad_()
+    log_p = log_or_impossible(probs)
+    torch.testing.assert_close(log_p, probs.detach().log())
+    log_p.backward(torch.ones(3))
+    assert probs.grad is not None and probs.grad.tolist() == [0.0, 4.0, 1.0]
 
 
 @every_process
@@ -374,12 +383,12 @@ def test_the_network_sees_padding_and_noise(kind):
         noted.asked, levels, path.before.unbind(1), strict=True
     ):
         assert torch.equal(x, before) and attend is not None and torch.equal(attend, prompts.attend)
-        torch.testing.assert_close(noise.double(), torch.full((4,), level).double())
+        torch.testing.assert_close(noise, torch.full((4,), level, dtype=torch.float64))
     noted.asked.clear()
     policy.transition(path, torch.tensor([0, 2, 4, 5]), Score())
     (x, noise, attend) = noted.asked[0]
     assert attend is not None and torch.equal(attend, prompts.attend) and len(noted.asked) == 1
-    expected = torch.tensor([levels[k] for k in (0, 2, 4, 5)])
+    expected = torch.tensor([levels[k] for k in (0, 2, 4, 5)], dtype=torch.float64)
     torch.testing.assert_close(noise, expected)
 
 

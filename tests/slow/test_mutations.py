@@ -382,6 +382,122 @@ MUTATIONS: list[Mutation] = [
         test="tests/training/test_loop.py"
         "::test_the_best_checkpoint_survives_and_the_last_ones_are_kept",
     ),
+    Mutation(
+        name="path KL of a step instead of the path",
+        file="rescore/algorithms/sepo.py",
+        old=".mean(1) * trajectory.n_steps",
+        new=".mean(1)",
+        test="tests/algorithms/test_sepo.py::test_the_path_kl_is_the_sum_over_its_steps",
+    ),
+    Mutation(
+        name="policy trained against a critic that saw nothing",
+        file="rescore/algorithms/sepo.py",
+        old='active = active & scored.notes["fitted"]',
+        new="pass",
+        test="tests/algorithms/test_sepo.py::test_the_critic_is_subtracted_before_it_learns",
+    ),
+    Mutation(
+        name="clip that bounds what should grow",
+        file="rescore/objectives/score_entropy.py",
+        old="torch.minimum(ratio * advantage, clipped * advantage)",
+        new="torch.maximum(ratio * advantage, clipped * advantage)",
+        test="tests/objectives/test_score_entropy.py::test_coefficients_by_hand",
+    ),
+    Mutation(
+        name="gradient through the importance ratio",
+        file="rescore/objectives/score_entropy.py",
+        old="ratio, advantage = ratio.detach(), advantage.detach()",
+        new="pass",
+        test="tests/objectives/test_score_entropy.py::test_no_gradient_flows_through_the_coefficient",
+    ),
+    Mutation(
+        name="gradient through the probabilities of the neighbours",
+        file="rescore/objectives/score_entropy.py",
+        old="log_s).exp().detach()",
+        new="log_s).exp()",
+        test="tests/objectives/test_score_entropy.py"
+        "::test_the_weights_of_the_joint_form_are_constants",
+    ),
+    Mutation(
+        name="conditional law without the token itself",
+        file="rescore/objectives/score_entropy.py",
+        old="scatter(-1, x[..., None], 0.0), -1)",
+        new="scatter(-1, x[..., None], -torch.inf), -1)",
+        test="tests/objectives/test_score_entropy.py"
+        "::test_conditional_weights_give_the_pseudo_likelihood",
+    ),
+    Mutation(
+        name="hidden sets of all sizes weighted alike",
+        file="rescore/sampling/surrogates.py",
+        old="flat, count / size.clamp(min=1))",
+        new="flat, torch.ones_like(share))",
+        test="tests/sampling/test_surrogates.py::test_a_set_counts_as_e_over_c_times_its_log_probs",
+    ),
+    Mutation(
+        name="antithetic set one position short",
+        file="rescore/sampling/surrogates.py",
+        old="(place >= c - 1)",
+        new="(place >= c)",
+        test="tests/sampling/test_surrogates.py"
+        "::test_antithetic_sets_are_opposite_ends_of_one_order",
+    ),
+    Mutation(
+        name="importance weight upside down",
+        file="rescore/sampling/surrogates.py",
+        old="(-back - there)",
+        new="(back - there)",
+        test="tests/sampling/test_surrogates.py"
+        "::test_snis_tends_to_something_else_for_two_positions",
+    ),
+    Mutation(
+        name="corrector that only denoises",
+        file="rescore/processes/ctmc.py",
+        old="process.forward_rates(x, back.dtype) + back, size",
+        new="back, size",
+        test="tests/processes/test_ctmc.py::test_corrector_step_is_stationary_up_to_its_size",
+    ),
+    Mutation(
+        name="corrector that never masks",
+        file="rescore/processes/ctmc.py",
+        old="return back + _per_sample(size, back).clamp(max=1) * falls",
+        new="return back",
+        test="tests/processes/test_ctmc.py::test_corrector_remasks_and_unmasks",
+    ),
+    Mutation(
+        name="analytic step without the staggered score",
+        file="rescore/processes/ctmc.py",
+        old="earlier = s - moves * s.sum(-1, keepdim=True)",
+        new="earlier = s",
+        test="tests/processes/test_ctmc.py::test_analytic_step_is_exact_for_one_token",
+    ),
+    Mutation(
+        name="masks left after the last step",
+        file="rescore/processes/ctmc.py",
+        old="return total_noise if isinstance(process, Uniform) else math.inf",
+        new="return total_noise",
+        test="tests/processes/test_ctmc.py::test_denoising_is_exact_for_one_token",
+    ),
+    Mutation(
+        name="given tokens written over",
+        file="rescore/sampling/rates.py",
+        old="moved = torch.where(prompts.editable, drawn, x)",
+        new="moved = drawn",
+        test="tests/sampling/test_rates.py::test_what_is_given_stays_after_every_step",
+    ),
+    Mutation(
+        name="given tokens scored",
+        file="rescore/sampling/rates.py",
+        old="torch.where(editable, gather(probs, token), 1.0)",
+        new="gather(probs, token)",
+        test="tests/sampling/test_rates.py::test_log_probs_by_hand",
+    ),
+    Mutation(
+        name="a critic that reads padding",
+        file="rescore/models/critics.py",
+        old="else ~prompts.editable & prompts.attend",
+        new="else ~prompts.editable",
+        test="tests/models/test_critics.py::test_a_prompt_critic_sees_the_prompt_only",
+    ),
 ]
 
 

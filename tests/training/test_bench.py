@@ -8,11 +8,17 @@ import json
 import pytest
 import torch
 
+from gaussians import SOLVERS, GaussianTask, gaussian_policy, gaussian_run, gaussian_world
+from rescore.algorithms.ddpo import Ddpo
+from rescore.algorithms.dpok import Dpok
 from rescore.algorithms.egspo import Egspo
+from rescore.algorithms.flow_grpo import FlowGrpo
 from rescore.models.finetune import Lora
-from rescore.training.bench import Recorder, measure, print_rows
+from rescore.sampling.record import Record, Score
+from rescore.sampling.rng import SampleRng
+from rescore.training.bench import Call, Recorder, measure, print_rows, recorded
 from rescore.training.optim import Optim
-from tiny import TransformerBase, masked_policy, tiny_run, tiny_world
+from tiny import Match, TransformerBase, masked_policy, tiny_run, tiny_world
 
 
 @pytest.mark.parametrize(
@@ -53,6 +59,51 @@ def test_a_row_has_every_figure(changes, rows):
     assert row.other_s >= 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "rows"),
+    [
+        # 5 forwards of 16 states; the 4 with noise in an update
+        ({"algorithm": Ddpo(statistics="batch")}, 80 + 64),
+        # the reference is asked once per rollout, the policy in each of four half updates
+        (
+            {
+                "algorithm": Ddpo(beta=0.1),
+                "optim": Optim(epochs=2, mini_batches=2),
+                "task": GaussianTask(labels=3),
+            },
+            (80 + 64 + 2 * 64) / 4,
+        ),
+        # two steps need two states in an update, and the reference those before as well
+        ({"algorithm": FlowGrpo(), **SOLVERS["two_steps"]}, 80 + 64 + 2 * 64),
+        ({"algorithm": Dpok(), "precision": "bfloat16"}, 80 + 64 + 64),
+    ],
+    ids=["ddpo", "reference", "two steps", "critic"],
+)
+def test_states_are_rows(changes, rows):
+    """Networks for Gaussian noise: every call of theirs is recorded and made again."""
+    run = gaussian_run(**changes)
+    row = measure("gaussian", run, repeats=5)
+    assert row.rows == rows
+    assert min(row.rollout_s, row.update_s, row.bare_s) > 0
+    assert row.overhead > 0.9
+
+
+def test_a_recorded_network_says_the_same():
+    """Also what it is, and how it is counted; the states in float64 stay so."""
+    policy = gaussian_policy(gaussian_world(gaussian_run()).models.new)
+    calls: list[Call] = []
+    other = gaussian_policy(recorded(policy, calls, of_reference=True))
+    prompts, rng = GaussianTask().prompts("train", torch.arange(3)), SampleRng(0, torch.arange(3))
+    path = other.sample(prompts, Record(moves="all"), rng)
+    assert torch.equal(path.path, policy.sample(prompts, Record(moves="all"), rng).path)
+    assert path.x_0.dtype == torch.float64
+    assert [(call.grad, call.of_reference) for call in calls] == [(False, True)] * 5
+    assert torch.equal(calls[2].inputs[0], path.path[:, 2])
+    other.transition(path, torch.tensor([0, 1, 2]), Score())
+    assert calls[5].grad
+    assert other.rows == 18
+
+
 def test_few_repeats_are_refused():
     with pytest.raises(ValueError, match="repeats=4; the median needs at least 5"):
         measure("tiny", tiny_run(), repeats=4)
@@ -67,7 +118,7 @@ def test_the_recorder_passes_calls_on_and_notes_them():
     """Same logits; whether gradients were on, and the inputs."""
     network = masked_policy(tiny_world(tiny_run()).models.new).denoiser
     recorder = Recorder(network)
-    x_t = tiny_run().task.prompts("train", torch.arange(5)).tokens
+    x_t = Match().prompts("train", torch.arange(5)).tokens
     positions = torch.zeros(5, 1, dtype=torch.long)
     with torch.no_grad():
         assert torch.equal(

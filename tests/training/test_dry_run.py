@@ -9,10 +9,17 @@ from safetensors.torch import load_file
 from rescore import cli
 from rescore.models.language import LanguageModel, load_language_model
 from rescore.models.language_files import load_adapter
+from rescore.tasks.sudoku_grids import SPLITS
+from rescore.training.dry_run import dry_run
 from rescore.training.log import read
 from rescore.training.recipes import run_of
+from rescore.types import Prompts
 
-RECIPES = {"llada_sudoku_egspo_sa": "llada", "dream_countdown_egspo_sa": "dream"}
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+RECIPES = {"llada_sudoku_egspo_sa": 150, "dream_countdown_egspo_sa": 200}
+"""With the tokens that their prompts need."""
+SHORT = ("--task.completion-length", "64", "--decoder.blocks", "4")  # so 8 steps
 
 
 @pytest.fixture(autouse=True)
@@ -25,14 +32,16 @@ def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoints" / f"{step:08d}" / "model.safetensors")
 
 
+@pytest.mark.parametrize("short", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_dry_run_trains_saves_resumes_and_exports(recipe, tmp_path):
+def test_a_dry_run_trains_saves_resumes_and_exports(recipe, short, tmp_path):
     """Two updates of the recipe's own method and adapters, a third after a resume; the adapters
-    load in peft's own loader and compute what they compute here."""
+    load in peft's own loader and compute what they compute here. As it is, and on short texts."""
     from peft import PeftModel
 
     out, exported = tmp_path / "run", tmp_path / "adapter"
-    cli.main(["train", recipe, "--dry-run", "--out", str(out)])
+    options = ["--task.prompt-length", str(RECIPES[recipe]), *SHORT] if short else []
+    cli.main(["train", recipe, "--dry-run", "--out", str(out), *options])
     rows = read(out / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
     assert all(row["ratio_min"] == pytest.approx(1, abs=0.1) for row in rows)
@@ -62,6 +71,22 @@ def test_a_dry_run_trains_saves_resumes_and_exports(recipe, tmp_path):
     cli.main(["export", str(out), "--out", str(merged), "--merged"])
     assert (merged / "tokenizer_config.json").exists()
     assert load_language_model(str(merged)).layout == ours.layout
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_at_its_own_lengths_the_network_takes_the_prompts(recipe, tmp_path):
+    """Prompts of every split fit into the window of the recipe, and so do their completions."""
+    run = dry_run(run_of(recipe), tmp_path / "weights")
+    run.check()
+    network = run.base.build(run.task, seed=0, cache=tmp_path, device="cpu", note=print)
+    assert isinstance(network, LanguageModel)
+    for split in SPLITS:
+        prompts = run.task.prompts(split, torch.arange(2))
+        assert isinstance(prompts, Prompts)
+        assert prompts.tokens.shape == (2, 320 + 256)
+        with torch.no_grad():
+            logits = network.predict(prompts.tokens, attend=prompts.attend)
+        assert logits.shape[:2] == prompts.tokens.shape and not bool(logits.isnan().any())
 
 
 def test_a_small_recipe_needs_no_dry_run(capsys, tmp_path):

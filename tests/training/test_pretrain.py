@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rescore.models.transformer import Transformer, TransformerConfig
 from rescore.processes.schedules import Cosine
 from rescore.rewards.reward import Reward
-from rescore.tasks.task import Split, Task
+from rescore.tasks.task import Split, TokenTask
 from rescore.training.pretrain import Pretrain, cached_base, pretrain
 from rescore.training.supervised import MIN_T, bound, rate, stratified_times, validation_bound
 from rescore.types import Examples, Prompts
@@ -23,7 +23,7 @@ V, L = 3, 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Repeat(Task):
+class Repeat(TokenTask):
     """Sequences of one repeated token: the exact likelihood of each is 1 / V."""
 
     copies: int = 4

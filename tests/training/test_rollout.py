@@ -80,6 +80,7 @@ def test_a_batch_is_whole_groups_with_names_of_their_own():
         assert prompts.group.tolist() == [g for g in range(4) for _ in range(4)]
         number = prompt_index(run.seed, step, 4, 15).repeat_interleave(4)
         expected = run.task.prompts("train", number)
+        assert isinstance(prompts, Prompts) and isinstance(expected, Prompts)
         assert torch.equal(prompts.tokens, expected.tokens)
         assert torch.equal(prompts.info["target"], expected.info["target"])
         ids += prompts.sample_id.tolist()
@@ -368,6 +369,7 @@ def test_scores_land_where_they_belong(changes):
     """What judging each sample and each completion by itself gives; weights are those of terms."""
     selected, scored, _ = judged(**changes)
     path, prompts = selected.trajectory, selected.trajectory.prompts
+    assert isinstance(prompts, Prompts)
     assert selected.completion is not None and scored.completion is None
     torch.testing.assert_close(scored.terms["judge"], matches(path.x_0, prompts))
     torch.testing.assert_close(scored.terms["a"], first_is_a(path.x_0, prompts))

@@ -17,6 +17,7 @@ from rescore.models.miniature_sedd import write_tiny_sedd
 from rescore.sampling.record import Record
 from rescore.sampling.rng import SampleRng
 from rescore.tasks.reward_models import Conversations
+from rescore.tasks.task import TokenTask
 from rescore.tasks.text import Problem
 from rescore.tasks.tokenizers import AppendedMask, Characters, PretrainedTokenizer, load_tokenizer
 from rescore.training import session
@@ -104,7 +105,7 @@ def world_of(run):
 def test_at_its_own_lengths_the_recipe_starts_with_a_ratio_of_one(tmp_path):
     """The likelihood of 128 tokens, hundreds of nats, is replayed in the shapes it came from."""
     run = dry_run(run_of(RECIPE), tmp_path / "weights")
-    assert run.task.length == 256
+    assert isinstance(run.task, TokenTask) and run.task.length == 256
     world = world_of(run)
     scored, _ = rollout(world, 0)
     run.algorithm.fit(world.models, run.algorithm.credit(scored))  # the first is the critic's

@@ -41,6 +41,8 @@ from tiny import (
     tiny_world,
 )
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "average": {"ema": 0.8},
@@ -372,7 +374,9 @@ def test_adapters_leave_the_base_alone(straight):
     run = tiny_run(**VARIANTS["adapters"])
     world = tiny_world(run)
     assert world.models.ref is not None
-    x_t = run.task.prompts("train", torch.arange(6)).tokens
+    prompts = run.task.prompts("train", torch.arange(6))
+    assert isinstance(prompts, Prompts)
+    x_t = prompts.tokens
     with torch.no_grad():
         base = masked_policy(world.models.new).denoiser.predict(x_t)
         load_state(world, straight("adapters") / "checkpoints", 4)

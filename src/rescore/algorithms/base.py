@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from rescore.sampling.decoder import Decoder, Decoding
+from rescore.models.critics import Learned
+from rescore.sampling.decoder import Decoder, Decoding, GaussianDecoder
 from rescore.sampling.policy import Models
 from rescore.sampling.record import Record
 from rescore.sampling.rng import Rng
+from rescore.tasks.task import Task
 from rescore.types import Actions, Credited, Scored, Selected, Terms, Trajectory
+
+LARGEST_CLIP = 20.0
+"""Bound of a log-ratio, nats, beyond which a clip would do nothing but overflow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +42,11 @@ class Algorithm(abc.ABC):
     def uses_reference(self) -> bool:
         """True if ``annotate`` or ``loss`` asks for ``models.ref``."""
         return False
+
+    @property
+    def uses_likelihood(self) -> bool:
+        """False if ``loss`` asks for no log-probability, so that deterministic solvers serve."""
+        return True
 
     @property
     def on_policy(self) -> bool:
@@ -63,6 +74,11 @@ class Algorithm(abc.ABC):
                 f"decoder: temperature={decoder.temperature:g} makes the policy deterministic, and "
                 f"its log-probabilities have no gradient to train on; use one above 0"
             )
+        if isinstance(decoder, GaussianDecoder) and self.uses_likelihood and not decoder.is_random:
+            raise ValueError(
+                f"decoder: {decoder.solver} draws no noise, so its steps have no likelihood, which "
+                f"{type(self).__name__} needs; use a random solver, such as ddim with eta=1"
+            )
 
     def check_process(self, *, uniform: bool) -> None:
         """Refuse a kind of noise that the method cannot use; by default none.
@@ -82,6 +98,19 @@ class Algorithm(abc.ABC):
             ValueError: says why, and what to change.
         """
         return
+
+    def at(self, progress: float) -> Algorithm:
+        """The method at a fraction of the run, 0 at its first rollout and 1 at its last."""
+        return self
+
+    def critic(self, task: Task, seed: int) -> Learned | None:
+        """What is learned beside the policy, made new; by default nothing.
+
+        Args:
+            task: what it must predict.
+            seed: of its weights.
+        """
+        return None
 
     def select(self, models: Models, trajectory: Trajectory) -> Selected:
         """Choose the steps that count; the default is all of them, each once."""
@@ -122,3 +151,31 @@ def check_group(baseline: str, group_size: int) -> None:
             f"baseline='{baseline}' compares the samples of a group, but group_size={group_size}; "
             f"use group_size >= 2 or baseline='none'"
         )
+
+
+def check_continuous(name: str, decoder: Decoding) -> None:
+    """A method of the Gaussian steps of continuous samples.
+
+    Raises:
+        ValueError: a decoder of tokens.
+    """
+    if not isinstance(decoder, GaussianDecoder):
+        raise ValueError(
+            f"{name} is for continuous samples, but a {type(decoder).__name__} makes tokens; "
+            f"expected a GaussianDecoder"
+        )
+
+
+def check_trust_region(name: str, clip: float, beta: float) -> None:
+    """A clip of the log-ratio and the weight of a KL.
+
+    Raises:
+        ValueError: one of them is no such thing.
+    """
+    if not 0 < clip <= LARGEST_CLIP:
+        raise ValueError(
+            f"{name}: clip={clip} nats bounds the log-ratio of a step; expected more than 0 and at "
+            f"most {LARGEST_CLIP:g}, which clips next to nothing"
+        )
+    if not 0 <= beta < math.inf:
+        raise ValueError(f"{name}: beta={beta} must be 0 or more, and finite")

@@ -16,9 +16,8 @@ import torch
 
 from rescore.algorithms.base import Algorithm, check_group
 from rescore.objectives.advantages import Baseline, centre
-from rescore.objectives.divergences import categorical_kl, finite
 from rescore.objectives.policy_gradient import score_function
-from rescore.sampling.decoder import Decoding, RateDecoder
+from rescore.sampling.decoder import Decoder, Decoding
 from rescore.sampling.policy import Models
 from rescore.sampling.record import Record, Score
 from rescore.sampling.rng import Rng
@@ -64,10 +63,10 @@ class Reinforce(Algorithm):
         check_group(self.baseline, group_size)
         if not 0 <= self.beta < math.inf:
             raise ValueError(f"reinforce: beta={self.beta} must not be negative")
-        if isinstance(decoder, RateDecoder) and self.score != Score():
+        if not isinstance(decoder, Decoder) and self.score != Score():
             raise ValueError(
                 f"reinforce: score={self.score} is about the order of a masked decoder; leave it "
-                f"out with a RateDecoder, whose steps have one log-probability"
+                f"out with a {type(decoder).__name__}, whose steps have one log-probability"
             )
 
     def credit(self, scored: Scored) -> Credited:
@@ -84,7 +83,7 @@ class Reinforce(Algorithm):
             return terms
         with torch.no_grad():
             ref = models.ref.transition(actions.trajectory, actions.step, self.score)
-        kl = categorical_kl(new.log_p, finite(ref.log_p), new.revealed)
+        kl = new.kl(ref)
         return Terms(
             loss=terms.loss + self.beta * kl, metrics={**terms.metrics, "kl_new_ref": kl.detach()}
         )

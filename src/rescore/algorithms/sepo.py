@@ -29,6 +29,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rescore.algorithms.base import Algorithm, check_group
+from rescore.models.critics import Critic, critic_for
 from rescore.models.denoiser import CountedScores, KnownLikelihood
 from rescore.objectives.advantages import Baseline, centre, normalise_std
 from rescore.objectives.divergences import categorical_kl, finite
@@ -41,6 +42,7 @@ from rescore.objectives.score_entropy import (
     joint_surrogate,
     sepo_loss,
 )
+from rescore.processes.layout import states_apart
 from rescore.sampling.chunks import over_rows
 from rescore.sampling.decoder import Decoding, RateDecoder
 from rescore.sampling.policy import Models, Policy, RatePolicy
@@ -52,6 +54,7 @@ from rescore.sampling.surrogates import (
     neighbours,
     snis_log_likelihood,
 )
+from rescore.tasks.task import Task, TokenTask
 from rescore.types import Actions, Credited, RateTrajectory, Scored, Selected, Terms, Trajectory
 
 Mode = Literal["conditional", "ball", "joint", "elbo", "pseudo_likelihood"]
@@ -193,6 +196,11 @@ class Sepo(Algorithm):
                 "or another mode"
             )
 
+    def critic(self, task: Task, seed: int) -> Critic:
+        assert isinstance(task, TokenTask)
+        prompts = task.prompts("train", torch.zeros(1, dtype=torch.long))
+        return critic_for(prompts, max(task.vocab_size, task.mask_id + 1), seed)
+
     def select(self, models: Models, trajectory: Trajectory) -> Selected:
         step = torch.full_like(trajectory.x_0[:, :1], trajectory.n_steps)
         weight = torch.ones_like(trajectory.log_prob[:, :1])
@@ -201,7 +209,7 @@ class Sepo(Algorithm):
     @torch.no_grad()
     def annotate(self, models: Models, scored: Scored, rng: Rng) -> Scored:
         """Draw what old and new policy share, and score the samples under the old one."""
-        policy, trajectory = _rates(models.new), scored.trajectory
+        policy, trajectory = _rates(models.new), _tokens(scored.trajectory)
         notes: dict[str, Tensor] = {}
         mode = self._mode(policy.network.process.mask_id is None)
         if mode in ("elbo", "pseudo_likelihood"):
@@ -225,6 +233,7 @@ class Sepo(Algorithm):
         at_most = max(1, policy.forward_rows // rows)
         notes["log_policy_old"] = torch.cat(over_rows(part, len(trajectory.x_0), at_most=at_most))
         if models.critic is not None:
+            assert isinstance(models.critic, Critic)
             notes["value"] = models.critic.value(trajectory.prompts).clone()
             notes["fitted"] = models.critic.fitted.repeat(len(notes["value"]))
         if models.ref is not None and self._keeps_reference(policy, trajectory):
@@ -241,7 +250,7 @@ class Sepo(Algorithm):
         if self.normalise_std:
             advantage = normalise_std(advantage, group)
         active = (advantage != 0) | self.uses_reference
-        active = active & scored.trajectory.prompts.editable.any(1, keepdim=True)
+        active = active & _tokens(scored.trajectory).prompts.editable.any(1, keepdim=True)
         if self.baseline == "critic":  # the first rollout is for the critic alone
             active = active & scored.notes["fitted"]
         weight = torch.where(active, scored.step_weight / len(reward), 0.0)
@@ -249,14 +258,15 @@ class Sepo(Algorithm):
 
     def fit(self, models: Models, credited: Credited) -> None:
         if models.critic is not None:
-            prompts = credited.trajectory.prompts
+            assert isinstance(models.critic, Critic)
+            prompts = _tokens(credited.trajectory).prompts
             models.critic.fit(
                 prompts, credited.reward, lr=self.critic_lr, epochs=self.critic_epochs
             )
 
     def loss(self, models: Models, actions: Actions, rng: Rng) -> Terms:
-        policy, notes = _rates(models.new), actions.notes
-        log_policy, surrogate = self._log_policy(policy, actions.trajectory, notes)
+        policy, notes, trajectory = _rates(models.new), actions.notes, _tokens(actions.trajectory)
+        log_policy, surrogate = self._log_policy(policy, trajectory, notes)
         old = notes["log_policy_old"]
         if surrogate is None:
             terms = sepo_loss(
@@ -266,7 +276,7 @@ class Sepo(Algorithm):
                 self.coefficient,
                 self.clip_low,
                 self.clip_high,
-                actions.trajectory.prompts.editable if log_policy.ndim == 2 else None,
+                trajectory.prompts.editable if log_policy.ndim == 2 else None,
             )
         else:  # joint: the ratio is of pi(x), the gradient of the sum over neighbours
             metrics = ratio_metrics(log_policy, old)
@@ -276,7 +286,7 @@ class Sepo(Algorithm):
             terms = Terms(loss=-factor * surrogate, metrics=metrics)
         if not self.uses_reference:
             return terms
-        kl = self._path_kl(models, actions.trajectory, notes)
+        kl = self._path_kl(models, trajectory, notes)
         return Terms(
             loss=terms.loss + self.beta * kl, metrics={**terms.metrics, "kl_new_ref": kl.detach()}
         )
@@ -285,7 +295,7 @@ class Sepo(Algorithm):
         return self.mode or ("conditional" if uniform else "elbo")
 
     def _log_policy(
-        self, policy: RatePolicy, trajectory: Trajectory, notes: Mapping[str, Tensor]
+        self, policy: RatePolicy, trajectory: RateTrajectory, notes: Mapping[str, Tensor]
     ) -> tuple[Float[Tensor, "N *positions"], Float[Tensor, " N"] | None]:  # noqa: UP037
         """log pi or what stands for it, and what has its gradient where that is something else."""
         network, x = policy.network, trajectory.x_0
@@ -294,7 +304,7 @@ class Sepo(Algorithm):
         if mode in ("elbo", "pseudo_likelihood"):
             return masked_log_policy(network, x, prompts, notes["hidden"]), None
         level = policy.decoder.moves()[-1][1]
-        noise = torch.full((len(x),), level, device=x.device)
+        noise = torch.full((len(x),), level, dtype=torch.float64, device=x.device)
         log_score = network.log_score(x, noise, attend=prompts.attend)
         if mode == "conditional":
             return conditional_log_policy(log_score, x, prompts.editable), None
@@ -311,7 +321,7 @@ class Sepo(Algorithm):
         return log_pi, joint_surrogate(log_score, log_pi, prompts.editable)
 
     def _neighbours(
-        self, policy: RatePolicy, trajectory: Trajectory, rng: Rng
+        self, policy: RatePolicy, trajectory: RateTrajectory, rng: Rng
     ) -> Int[Tensor, "B M L"]:
         """The states that ``snis`` visits.
 
@@ -331,19 +341,21 @@ class Sepo(Algorithm):
         def part(index: Int[Tensor, " n"]) -> Tensor:
             index = index.to(x.device)
             some = prompts.take(index)
-            noise = torch.full((len(index),), level, device=x.device)
+            noise = torch.full((len(index),), level, dtype=torch.float64, device=x.device)
             return policy.network.log_score(x[index], noise, attend=some.attend)
 
         log_score = torch.cat(over_rows(part, len(x), at_most=policy.forward_rows))
         step = trajectory.n_steps + 1
         return neighbours(log_score, x, prompts.editable, self.snis_draws, step=step, rng=rng)
 
-    def _keeps_reference(self, policy: RatePolicy, trajectory: Trajectory) -> bool:
+    def _keeps_reference(self, policy: RatePolicy, trajectory: RateTrajectory) -> bool:
         n_samples, length = trajectory.x_0.shape
         table = n_samples * self.kl_steps * length * policy.network.process.n_states
         return 4 * table <= KEPT_BYTES
 
-    def _reference_laws(self, ref: RatePolicy, trajectory: Trajectory) -> Float[Tensor, "B M L S"]:
+    def _reference_laws(
+        self, ref: RatePolicy, trajectory: RateTrajectory
+    ) -> Float[Tensor, "B M L S"]:
         """Log of the reference's law after every kept step."""
 
         def part(index: Int[Tensor, " n"]) -> Tensor:
@@ -354,14 +366,14 @@ class Sepo(Algorithm):
         return torch.cat(over_rows(part, len(trajectory.x_0), at_most=at_most))
 
     def _path_kl(
-        self, models: Models, trajectory: Trajectory, notes: Mapping[str, Tensor]
+        self, models: Models, trajectory: RateTrajectory, notes: Mapping[str, Tensor]
     ) -> Float[Tensor, " N"]:
         """Path KL(new || ref) estimated from the kept steps, exact within each, nats."""
         assert models.ref is not None
         paths, step = _kept_steps(trajectory)
         new = models.new.transition(paths, step, Score())
         if "log_p_ref" in notes:
-            log_p_ref = notes["log_p_ref"].flatten(0, 1)
+            log_p_ref = states_apart(notes["log_p_ref"].flatten(0, 1))
         else:
             with torch.no_grad():
                 log_p_ref = models.ref.transition(paths, step, Score()).log_p
@@ -369,9 +381,8 @@ class Sepo(Algorithm):
         return kl.view(len(trajectory.x_0), -1).mean(1) * trajectory.n_steps
 
 
-def _kept_steps(trajectory: Trajectory) -> tuple[RateTrajectory, Int[Tensor, " NM"]]:
+def _kept_steps(trajectory: RateTrajectory) -> tuple[RateTrajectory, Int[Tensor, " NM"]]:
     """Every path once for each of its kept steps, and their numbers."""
-    assert isinstance(trajectory, RateTrajectory)
     index = torch.arange(len(trajectory.x_0), device=trajectory.x_0.device)
     paths = trajectory.take(index.repeat_interleave(trajectory.step.shape[1]))
     return paths, trajectory.step.flatten()
@@ -380,3 +391,8 @@ def _kept_steps(trajectory: Trajectory) -> tuple[RateTrajectory, Int[Tensor, " N
 def _rates(policy: Policy) -> RatePolicy:
     assert isinstance(policy, RatePolicy)
     return policy
+
+
+def _tokens(trajectory: Trajectory) -> RateTrajectory:
+    assert isinstance(trajectory, RateTrajectory)
+    return trajectory

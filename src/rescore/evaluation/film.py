@@ -9,12 +9,12 @@ import torch
 from rescore.sampling.policy import Policy
 from rescore.sampling.record import Record
 from rescore.sampling.rng import SampleRng
-from rescore.tasks.task import Split, Task
+from rescore.tasks.task import Split, TokenTask
 
 
 def film_strip(
     policy: Policy,
-    task: Task,
+    task: TokenTask,
     split: Split,
     number: int,
     *,
@@ -49,6 +49,7 @@ def film_strip(
     }
 
 
-def cells(task: Task, tokens: torch.Tensor) -> list[str]:
+def cells(task: TokenTask, tokens: torch.Tensor) -> list[str]:
     """Each token as text; the mask as an empty cell."""
-    return ["" if token == task.mask_id else task.symbol(token) for token in tokens.tolist()]
+    mask_id = task.mask_id
+    return ["" if token == mask_id else task.symbol(token) for token in tokens.tolist()]

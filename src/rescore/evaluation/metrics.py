@@ -44,7 +44,7 @@ def evaluate(
         prompts = task.prompts(split, rows).to(device)
         rng = SampleRng(seed, rows.to(device))
         outputs = policy.sample(prompts, Record(), rng).x_0
-        terms = task.reward.terms(outputs, prompts)
+        terms = task.reward.terms(policy.finished(outputs), prompts)
         for name, value in {"reward": task.reward.total(terms), **terms}.items():
             parts.setdefault(name, []).append(value)
     return {name: torch.cat(values) for name, values in parts.items()}

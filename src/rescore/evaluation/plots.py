@@ -14,6 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 Rows = Sequence[Mapping[str, Any]]
 
 _SECONDS = "time/elapsed_s"
@@ -215,3 +219,20 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
 
 def _unique(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
+
+
+def sheet(images: Float[Tensor, "n C H W"], *, columns: int = 8) -> bytes:
+    """Images in [0, 1], one or three channels, side by side as a PNG; small ones are enlarged."""
+    from matplotlib import image
+
+    n, channels, height, width = images.shape
+    scale = max(1, 64 // width)
+    rows = math.ceil(n / columns)
+    table = torch.ones((rows * columns, channels, height * scale + 2, width * scale + 2))
+    large = images.detach().float().cpu().clamp(0, 1)
+    large = large.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    table[:n, :, 1:-1, 1:-1] = large
+    grid = table.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
+    data = io.BytesIO()
+    image.imsave(data, grid.expand(-1, -1, 3).numpy(), format="png", metadata={"Software": ""})
+    return data.getvalue()

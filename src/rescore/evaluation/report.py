@@ -1,11 +1,13 @@
 """One self-contained HTML file that tells what a run did, from the files of its directory.
 
-No network, no script: tables, inline SVG and a film strip of one puzzle. Whatever a run has not
-written yet is left out with a sentence, so that a run can be looked at while it is going.
+No network, no script: tables, inline SVG, a film strip of one puzzle or a sheet of images. Whatever
+a run has not written yet is left out with a sentence, so that a run can be looked at while it is
+going.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import os
@@ -41,6 +43,7 @@ def build_report(run: Path, out: Path | None = None) -> Path:
         facts=_facts(described, metrics),
         comparison=Comparison.read(run / "result.json"),
         film=Film.read(run / "samples" / "film.json"),
+        sheets=_sheets(run / "samples"),
         learning=plots.learning_panels(metrics, evaluations),
         diagnostics=plots.diagnostic_panels(metrics, evaluations),
         to_json=json.dumps,
@@ -187,6 +190,18 @@ class Comparison:
         *others, last = self.rows
         name = self.metrics[0]
         return [(row.label, last.values[name] - row.values[name]) for row in others]
+
+
+# --- samples ----------------------------------------------------------------------------------
+
+
+def _sheets(samples: Path) -> dict[str, str]:
+    """Sheets of images before and after as data URIs, by label; empty unless both are there."""
+    files = {label: samples / f"{label}.png" for label in ("before", "after")}
+    if not all(file.is_file() for file in files.values()):
+        return {}
+    coded = {label: base64.b64encode(file.read_bytes()).decode() for label, file in files.items()}
+    return {label: f"data:image/png;base64,{code}" for label, code in coded.items()}
 
 
 # --- film -------------------------------------------------------------------------------------

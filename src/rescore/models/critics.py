@@ -17,10 +17,36 @@ from torch import Tensor, nn
 from rescore.types import Prompts
 
 
-class Critic(nn.Module, abc.ABC):
+class Learned(nn.Module):
+    """A network with an optimiser of its own, checkpointed with it."""
+
+    optimizer: torch.optim.Optimizer
+
+    def saved(self) -> dict[str, Tensor]:
+        """Weights and optimiser, for a checkpoint."""
+        state = {f"weight.{name}": value.detach() for name, value in self.state_dict().items()}
+        for number, moments in self.optimizer.state_dict()["state"].items():
+            state |= {f"moment.{number}.{name}": value for name, value in moments.items()}
+        return state
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from ``saved()``."""
+        prefix = "weight."
+        self.load_state_dict(
+            {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+        )
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in state.items():
+            if name.startswith("moment."):
+                _, number, kind = name.split(".")
+                moments.setdefault(int(number), {})[kind] = value
+        plain = self.optimizer.state_dict()
+        self.optimizer.load_state_dict({**plain, "state": moments})
+
+
+class Critic(Learned, abc.ABC):
     """V(c), the expected reward of a prompt, and the optimiser that fits it."""
 
-    optimizer: torch.optim.Adam
     level: nn.Parameter
     """What is added to everything else; starts at the mean of the first rewards."""
     fitted: Tensor
@@ -54,27 +80,6 @@ class Critic(nn.Module, abc.ABC):
                 self.optimizer.step()
                 errors.append(error.detach())
         return errors[0]
-
-    def saved(self) -> dict[str, Tensor]:
-        """Weights and optimiser, for a checkpoint."""
-        state = {f"weight.{name}": value.detach() for name, value in self.state_dict().items()}
-        for number, moments in self.optimizer.state_dict()["state"].items():
-            state |= {f"moment.{number}.{name}": value for name, value in moments.items()}
-        return state
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from ``saved()``."""
-        prefix = "weight."
-        self.load_state_dict(
-            {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
-        )
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in state.items():
-            if name.startswith("moment."):
-                _, number, kind = name.split(".")
-                moments.setdefault(int(number), {})[kind] = value
-        plain = self.optimizer.state_dict()
-        self.optimizer.load_state_dict({**plain, "state": moments})
 
 
 class ScalarCritic(Critic):

@@ -9,10 +9,11 @@ from typing import Protocol, runtime_checkable
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 
 from rescore.processes.convert import score_from_log_probs
 from rescore.processes.ctmc import Absorbing, Process
-from rescore.processes.masked import token_log_probs
+from rescore.processes.layout import log_softmax
 
 
 @runtime_checkable
@@ -98,6 +99,20 @@ class KnownLikelihood(Protocol):
 class NetworkConfig(abc.ABC):
     """The shape of a network that the project can train from nothing."""
 
+    @property
+    def uniform(self) -> bool | None:
+        """Whether noise replaces tokens by others; False: by the mask; None: there are none."""
+        return None
+
+    @abc.abstractmethod
+    def network(self, generator: torch.Generator) -> nn.Module:
+        """The network with initial weights from this CPU generator."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenConfig(NetworkConfig):
+    """The shape of a ``Denoiser`` or ``ScoreNetwork``."""
+
     vocab_size: int
     """V: ordinary tokens, without the mask."""
     length: int
@@ -105,12 +120,7 @@ class NetworkConfig(abc.ABC):
 
     @property
     def uniform(self) -> bool:
-        """Whether noise replaces tokens by others; False: by the mask."""
         return False
-
-    @abc.abstractmethod
-    def network(self, generator: torch.Generator) -> nn.Module:
-        """A ``Denoiser`` or ``ScoreNetwork`` with initial weights from this CPU generator."""
 
 
 @dataclass
@@ -184,6 +194,10 @@ class SubsScores:
         attend: Bool[Tensor, "B L"] | None = None,
     ) -> Float[Tensor, "B L S"]:
         """log s at ``x_t``; only its masked positions depend on the network."""
-        log_p = token_log_probs(self.network.predict(x_t, attend=attend))
-        process = self.process
+        process, logits = self.process, self.network.predict(x_t, attend=attend)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        absent = process.n_states - logits.shape[-1]
+        if absent:  # the mask, where no logit stands for it
+            logits = functional.pad(logits, (0, absent), value=-torch.inf)
+        log_p = log_softmax(logits)
         return score_from_log_probs(log_p, x_t, total_noise, process.mask_id, process.n_states)

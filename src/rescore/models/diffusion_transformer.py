@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from rescore.models.denoiser import NetworkConfig
+from rescore.models.denoiser import TokenConfig
 from rescore.models.transformer import rotary_angles, rotate
 
 FREQUENCIES = 128
@@ -29,7 +29,7 @@ LONGEST_PERIOD = 10000.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionTransformerConfig(NetworkConfig):
+class DiffusionTransformerConfig(TokenConfig):
     """The shape of a ``DiffusionTransformer``.
 
     Ordinary tokens are 0 ... V - 1; the mask, if there is one, is V.

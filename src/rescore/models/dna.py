@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from rescore.models.denoiser import NetworkConfig
+from rescore.models.denoiser import TokenConfig
 from rescore.models.inputs import check_canvas, check_total_noise
 from rescore.processes.ctmc import Uniform
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvConfig(NetworkConfig):
+class ConvConfig(TokenConfig):
     """The shape of a ``ConvDenoiser`` or ``ConvScore``."""
 
     vocab_size: int = 4

@@ -13,7 +13,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from rescore.models.denoiser import Denoiser, ScoreNetwork
+from rescore.models.gaussian_network import Decodes, GaussianNetwork
+from rescore.processes.convert import Prediction
 from rescore.processes.ctmc import Process
+from rescore.processes.gaussian import GaussianSchedule
+from rescore.types import State
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -81,22 +85,26 @@ def has_adapters(module: nn.Module) -> bool:
     return any(".lora_A." in name for name, _ in module.named_parameters())
 
 
-def reference(module: nn.Module) -> Denoiser | ScoreNetwork:
+def reference(module: nn.Module) -> Denoiser | ScoreNetwork | GaussianNetwork:
     """The policy before fine-tuning, frozen: call it before the first update.
 
     With adapters it is the same network with the adapters off, which costs no memory; without
     them, a copy.
 
     Raises:
-        ValueError: the module is neither a ``Denoiser`` nor a ``ScoreNetwork``.
+        ValueError: the module is no ``Denoiser``, ``ScoreNetwork`` or ``GaussianNetwork``.
     """
-    if not isinstance(module, Denoiser | ScoreNetwork):
+    if not isinstance(module, Denoiser | ScoreNetwork | GaussianNetwork):
         raise ValueError(
-            f"{type(module).__name__} is no Denoiser (vocab_size, mask_id and predict()) and no "
-            f"ScoreNetwork (process and log_score())"
+            f"{type(module).__name__} is no Denoiser (vocab_size, mask_id and predict()), no "
+            f"ScoreNetwork (process and log_score()) and no GaussianNetwork (schedule, prediction, "
+            f"shape and predict())"
         )
     if not has_adapters(module):
         return frozen_copy(module)
+    if isinstance(module, GaussianNetwork):
+        view = CodesWithoutAdapters if isinstance(module, Decodes) else OutputsWithoutAdapters
+        return view(module)
     if isinstance(module, ScoreNetwork):
         return ScoresWithoutAdapters(module)
     return WithoutAdapters(module)
@@ -178,6 +186,44 @@ class ScoresWithoutAdapters:
         """Log-scores of the network without its adapters."""
         with adapters_off(self._network):
             return self._network.log_score(x_t, total_noise, attend=attend)
+
+
+class OutputsWithoutAdapters:
+    """The same view of a ``GaussianNetwork``."""
+
+    def __init__(self, module: nn.Module) -> None:
+        if not isinstance(module, GaussianNetwork):
+            raise ValueError(f"{type(module).__name__} is not a GaussianNetwork")
+        self.module, self._network = module, module
+
+    @property
+    def schedule(self) -> GaussianSchedule:
+        """Of the network."""
+        return self._network.schedule
+
+    @property
+    def prediction(self) -> Prediction:
+        """Of the network."""
+        return self._network.prediction
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the network's samples."""
+        return self._network.shape
+
+    def predict(self, x_t: State, t: Float[Tensor, " B"], inputs: Mapping[str, Tensor], /) -> State:
+        """Output of the network without its adapters."""
+        with adapters_off(self.module):
+            return self._network.predict(x_t, t, inputs)
+
+
+class CodesWithoutAdapters(OutputsWithoutAdapters):
+    """The same view of a ``GaussianNetwork`` that ``Decodes``."""
+
+    def decode(self, x_0: State) -> Float[Tensor, "B ..."]:
+        """As the network decodes, which adapters have no part in."""
+        assert isinstance(self.module, Decodes)
+        return self.module.decode(x_0)
 
 
 def trainable_state(module: nn.Module) -> dict[str, Tensor]:

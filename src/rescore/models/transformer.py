@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from rescore.models.denoiser import NetworkConfig
+from rescore.models.denoiser import TokenConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerConfig(NetworkConfig):
+class TransformerConfig(TokenConfig):
     """The shape of a ``Transformer``; ordinary tokens are 0 ... V - 1, the mask token is V."""
 
     width: int = 64

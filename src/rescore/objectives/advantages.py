@@ -73,13 +73,35 @@ def normalise_std(
         advantage: ``centre``'s result, all of whose entries count.
         group: group of each sample, numbers in [0, B).
     """
-    value = advantage.double()
+    same = zero_variance(advantage, group)
+    normalised = advantage.double() / (_std(advantage, group) + 1e-8)
+    return torch.where(same, 0.0, normalised).to(advantage.dtype)
+
+
+def standardise(
+    returns: Float[Tensor, "B K"], group: Int[Tensor, " B"], spread: Int[Tensor, " B"] | None = None
+) -> Float[Tensor, "B K"]:
+    """(return - mean of the group) / (standard deviation + 1e-8), by column; n - 1 in the latter.
+
+    Source: GRPO, arXiv:2402.03300; DDPO's per-prompt statistics, arXiv:2305.13301. Biased, as
+    ``normalise_std``. Where all returns of a group are equal the result is exactly 0.
+
+    Args:
+        returns: one number per sample and step.
+        group: whose mean is subtracted, numbers in [0, B).
+        spread: whose standard deviation divides: groups as large or larger; None = ``group``.
+    """
+    std = _std(returns, group if spread is None else spread)
+    return (centre(returns, group, "group_mean").double() / (std + 1e-8)).to(returns.dtype)
+
+
+def _std(value: Float[Tensor, "B K"], group: Int[Tensor, " B"]) -> Float[Tensor, "B K"]:
+    """Standard deviation inside the group of each entry, by column, float64; of one entry 0."""
+    value = value.double()
     count = torch.zeros_like(value).index_add(0, group, torch.ones_like(value))[group]
     mean = torch.zeros_like(value).index_add(0, group, value)[group] / count
     square = torch.zeros_like(value).index_add(0, group, (value - mean).square())[group]
-    std = (square / (count - 1).clamp(min=1)).sqrt()
-    same = zero_variance(advantage, group)
-    return torch.where(same, 0.0, value / (std + 1e-8)).to(advantage.dtype)
+    return (square / (count - 1).clamp(min=1)).sqrt()
 
 
 def stepwise_advantage(

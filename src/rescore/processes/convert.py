@@ -15,6 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rescore.processes.layout import log_softmax, replaced, states_apart
+from rescore.types import State
+
 
 def score_from_log_probs(
     log_p: Float[Tensor, "B L V"],
@@ -53,12 +56,12 @@ def score_from_log_probs(
             f"log_p has {columns} columns, but {n_states} states have {n_states - 1} ordinary "
             f"tokens: give {n_states - 1} columns, or {n_states} with one for the mask"
         )
-    noise = total_noise.to(log_p.dtype)[:, None, None]
+    noise = total_noise.to(log_p.dtype)[:, None]
     log_k = -noise - torch.log(-torch.expm1(-noise))
-    state = torch.arange(n_states, device=x_t.device)
-    masked, is_mask, own = x_t[..., None] == mask_id, state == mask_id, x_t[..., None] == state
-    seen = torch.where(is_mask, -log_k, -torch.inf)
-    return torch.where(masked, log_p + log_k, seen).masked_fill(own, 0)
+    masked = x_t == mask_id
+    of_tokens = states_apart(log_p) + torch.where(masked, log_k, -torch.inf)[..., None]
+    of_mask = torch.where(masked, 0.0, -log_k)
+    return replaced(replaced(of_tokens, torch.full_like(x_t, mask_id), of_mask), x_t, 0.0)
 
 
 def log_probs_from_score(log_score: Float[Tensor, "B L S"], mask_id: int) -> Float[Tensor, "B L S"]:
@@ -70,16 +73,14 @@ def log_probs_from_score(log_score: Float[Tensor, "B L S"], mask_id: int) -> Flo
 
     Source: p_t(v) / p_t(mask) = k p(x_0 = v | x_t), as in ``score_from_log_probs``.
     """
-    state = torch.arange(log_score.shape[-1], device=log_score.device)
-    return _precise(log_score).masked_fill(state == mask_id, -torch.inf).log_softmax(-1)
+    is_mask = torch.arange(log_score.shape[-1], device=log_score.device) == mask_id
+    return log_softmax(_precise(log_score) + torch.where(is_mask, -torch.inf, 0.0))
 
 
 def _precise(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-State = Float[Tensor, "B *shape"]
-"""States with Gaussian noise, or outputs of a network there: samples of any shape."""
 Prediction = Literal["eps", "x_0", "v", "score", "flow"]
 """What a network for Gaussian noise predicts, x_t = alpha_t x_0 + sigma_t eps.
 

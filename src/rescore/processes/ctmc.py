@@ -6,19 +6,26 @@ their limit, whatever the token was. With columns as sources, Q[y, x] = rate of 
     Q = pi 1^T - I    and    exp(n Q) = e^-n I + (1 - e^-n) pi 1^T,    for every real n.
 
 Positions jump independently. A network gives log s(x)_{l,v} = log p_t(x with token l replaced by v)
-/ p_t(x), of shape [B, L, S]; its entry at the present token is 0 by definition and is never read,
-and -inf says that a state cannot be reached. Time is measured in total noise throughout; a schedule
-with rate(t) speeds it up. Sources: SEDD, arXiv:2310.16834, and its code (graph_lib.py, sampling.py
-of louaaron/Score-Entropy-Discrete-Diffusion), whose conventions these are.
+/ p_t(x), of shape [B, L, S]; its entry at the present token is 0 by definition, whatever finite
+number stands there, and -inf says that a state cannot be reached. Time is measured in total noise
+throughout; a schedule with rate(t) speeds it up. Sources: SEDD, arXiv:2310.16834, and its code
+(graph_lib.py, sampling.py of louaaron/Score-Entropy-Discrete-Diffusion), whose conventions these
+are.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
+
+from rescore.processes.layout import one_hot, states_apart
+
+Length = TypeVar("Length", bound=Tensor | float)
 
 
 @dataclass(frozen=True)
@@ -44,14 +51,14 @@ class _Replacement:
         self, x: Int[Tensor, "*B"], dtype: torch.dtype = torch.float32
     ) -> Float[Tensor, "*B S"]:
         """Q(y, x) for y != x, the rates at which noise leaves ``x``; 0 at y = x."""
-        return self.limit_probs(x, dtype).masked_fill(_is_token(x, self.n_states), 0)
+        return self._limit(dtype, x.device) * (1 - one_hot(x, self.n_states, dtype))
 
     def backward_rates(
         self, x: Int[Tensor, "*B"], dtype: torch.dtype = torch.float32
     ) -> Float[Tensor, "*B S"]:
         """Q(x, y) for y != x, the rates at which noise leads to ``x``; 0 at y = x."""
-        into_x = self._limit(dtype, x.device)[x][..., None].expand(*x.shape, self.n_states)
-        return into_x.masked_fill(_is_token(x, self.n_states), 0)
+        into_x = self._limit(dtype, x.device)[x][..., None]
+        return into_x * (1 - one_hot(x, self.n_states, dtype))
 
     def noised_probs(
         self, x_0: Int[Tensor, "B L"], total_noise: Float[Tensor, " B"]
@@ -59,7 +66,7 @@ class _Replacement:
         """The law of x_t given x_0: the columns x_0 of exp(total_noise Q)."""
         noise = _precise(total_noise)[:, None, None]
         replaced = -torch.expm1(-noise) * self._limit(noise.dtype, x_0.device)
-        return replaced + torch.exp(-noise) * _is_token(x_0, self.n_states)
+        return replaced + torch.exp(-noise) * one_hot(x_0, self.n_states, noise.dtype)
 
     def noised(
         self, x_0: Int[Tensor, "B L"], total_noise: Float[Tensor, " B"], u: Float[Tensor, "B L"]
@@ -126,6 +133,9 @@ class Absorbing(_Replacement):
 Process = Uniform | Absorbing
 """The forward process of one token."""
 
+LEAST_LOG_SCORE = -80.0
+"""Scores of a masked token that are below exp of this count as 0."""
+
 
 def reverse_rates(
     process: Process, x: Int[Tensor, "B L"], log_score: Float[Tensor, "B L S"]
@@ -134,7 +144,7 @@ def reverse_rates(
 
     Source: SEDD, arXiv:2310.16834; ``reverse_rate`` of its code, which adds minus their sum at x.
     """
-    log_score = _precise(log_score)
+    log_score = states_apart(_precise(log_score))
     return process.backward_rates(x, log_score.dtype) * log_score.exp()
 
 
@@ -157,6 +167,8 @@ def euler_probs(
         log_score: log p_t(y) / p_t(x).
         size: length of the step in total noise: h rate(t).
     """
+    if isinstance(process, Absorbing):
+        return _absorbing(process, x, log_score, keep=1.0, leave=size)
     return _leap(process, x, reverse_rates(process, x, log_score), size)
 
 
@@ -182,6 +194,11 @@ def corrector_probs(
         log_score: log p_t(y) / p_t(x) at the noise level that is kept.
         size: length of the step in total noise.
     """
+    if isinstance(process, Absorbing):
+        back = _absorbing(process, x, log_score, keep=1.0, leave=size)
+        mask = one_hot(torch.full_like(x, process.mask_id), process.n_states, back.dtype)
+        falls = mask - one_hot(x, process.n_states, back.dtype)  # nothing at a masked token
+        return back + _per_sample(size, back).clamp(max=1) * falls
     back = reverse_rates(process, x, log_score)
     return _leap(process, x, process.forward_rates(x, back.dtype) + back, size)
 
@@ -197,9 +214,9 @@ def analytic_probs(
     (exp(-d Q) s(x))_y exp(d Q)(x, y), d = ``delta_noise``: the ratio p_{t-d}(y) / p_t(x) times the
     probability of the noise that leads from y to x. Exact, for a step of any length, where there is
     one position and the scores are exact. The products sum to 1 over y whatever the scores; wrong
-    scores can make some negative, which are taken as 0 and the rest normalised. The step is
-    computed in float64, because at much noise only the differences of the scores, all close to 1,
-    matter; there the uniform process is good for steps up to d = 30.
+    scores can make some negative, which are taken as 0 and the rest normalised. With uniform noise
+    the step is computed in float64, because at much noise only the differences of the scores, all
+    close to 1, matter; there it is good for steps up to d = 30.
 
     Source: SEDD, arXiv:2310.16834; ``staggered_score`` and ``transp_transition`` of its code.
 
@@ -209,8 +226,11 @@ def analytic_probs(
         log_score: log p_t(y) / p_t(x).
         delta_noise: length of the step in total noise: total_noise(t) - total_noise(s).
     """
-    dtype = _precise(log_score).dtype
-    return _normalised(_analytic(process, x, log_score, delta_noise)).to(dtype)
+    if isinstance(process, Absorbing):
+        noise = torch.as_tensor(delta_noise, dtype=torch.float64).reshape(-1)
+        keep, leave = torch.exp(-noise), -torch.expm1(-noise)
+        return _absorbing(process, x, log_score, keep=keep, leave=leave)
+    return _analytic_uniform(process, x, states_apart(_precise(log_score)), delta_noise)
 
 
 def denoise_probs(
@@ -222,7 +242,7 @@ def denoise_probs(
     """The law of each clean token: the analytic step over all the noise, never to the mask.
 
     With absorbing noise a masked token becomes y with probability in proportion to s(x)_y, whatever
-    the noise, and every other token stays.
+    the noise, and every other token stays: an analytic step of infinite length.
 
     Source: the final ``Denoiser`` step of SEDD's code.
 
@@ -232,12 +252,12 @@ def denoise_probs(
         log_score: log p_t(y) / p_t(x).
         total_noise: all the noise there is in ``x``.
     """
-    dtype = _precise(log_score).dtype
-    probs = _analytic(process, x, log_score, total_noise)
-    if process.mask_id is not None:
-        mask = torch.arange(process.n_states, device=x.device) == process.mask_id
-        probs = probs.masked_fill(mask, 0)
-    return _normalised(probs).to(dtype)
+    return analytic_probs(process, x, log_score, denoising_length(process, total_noise))
+
+
+def denoising_length(process: Process, total_noise: Length) -> Length | float:
+    """Length of the analytic step that removes all noise; with a mask an infinite one."""
+    return total_noise if isinstance(process, Uniform) else math.inf
 
 
 def kl_rate(
@@ -281,36 +301,53 @@ def _leap(
     """onehot(x) + size (rates - onehot(x) sum rates), made a law."""
     moves = _per_sample(size, rates) * rates
     stays = 1 - moves.sum(-1, keepdim=True)
-    return _normalised(torch.where(_is_token(x, process.n_states), stays, moves))
+    return _normalised(moves + one_hot(x, process.n_states, moves.dtype) * stays)
 
 
-def _analytic(
-    process: Process,
+def _analytic_uniform(
+    process: Uniform,
     x: Int[Tensor, "B L"],
     log_score: Float[Tensor, "B L S"],
     delta_noise: Float[Tensor, " B"] | float,
 ) -> Float[Tensor, "B L S"]:
     """(exp(-d Q) s)_y exp(d Q)(x, y), times e^-d so that nothing overflows, in float64."""
-    own = _is_token(x, process.n_states)
-    s = log_score.double().exp().masked_fill(own, 0)
-    others = s.sum(-1, keepdim=True)
-    limit = process.limit_probs(x, torch.float64)
+    own = one_hot(x, process.n_states, torch.float64)
+    s = (log_score.double() * (1 - own)).exp()
     noise = _per_sample(delta_noise, s)
-    keep, move = torch.exp(-noise), -torch.expm1(-noise)
-    # e^-d exp(-d Q) s = s - (1 - e^-d) pi sum_y s_y, where s_x = 1 makes the sum 1 + others
-    earlier = torch.where(own, (1 - limit) - limit * others, s - limit * (1 + others))
-    earlier = earlier + keep * limit * (1 + others)
-    into_x = limit.gather(-1, x[..., None])
-    return earlier * (move * into_x + keep * own)
+    stays, moves = torch.exp(-noise), -torch.expm1(-noise) / process.n_states
+    earlier = s - moves * s.sum(-1, keepdim=True)
+    return _normalised(earlier * (stays * own + moves)).to(log_score.dtype)
+
+
+def _absorbing(
+    process: Absorbing,
+    x: Int[Tensor, "B L"],
+    log_score: Float[Tensor, "B L S"],
+    *,
+    keep: Float[Tensor, " N"] | float,
+    leave: Float[Tensor, " N"] | float,
+) -> Float[Tensor, "B L S"]:
+    """A step of the reverse process, in closed form: tokens stay, masks may become tokens.
+
+    A masked token becomes y with weight ``leave`` s_y and stays with ``keep`` - ``leave`` sum_y
+    s_y, at least 0; the weights sum to the larger of ``keep`` and ``leave`` sum_y s_y. In an
+    analytic step keep = e^-d and leave = 1 - e^-d. Rounding costs no more than that of the scores
+    themselves, so float32 will do.
+    """
+    log_score = states_apart(_precise(log_score))
+    own = one_hot(x, process.n_states, log_score.dtype)
+    masked = (x == process.mask_id).to(log_score)[..., None]
+    above = (log_score - LEAST_LOG_SCORE).relu() * (masked * (1 - own))
+    s = (above + LEAST_LOG_SCORE).exp() * (above > 0).to(above)  # exp(-inf) would be slow
+    keep, leave = _per_sample(keep, s), _per_sample(leave, s)
+    leaves = leave * s.sum(-1, keepdim=True)
+    total = torch.maximum(leaves, keep) + (1 - masked)
+    return s * (leave / total) + own * ((total - leaves) / total)
 
 
 def _normalised(probs: Float[Tensor, "B L S"]) -> Float[Tensor, "B L S"]:
     probs = probs.clamp(min=0)
     return probs / probs.sum(-1, keepdim=True)
-
-
-def _is_token(x: Int[Tensor, "*B"], n_states: int) -> Bool[Tensor, "*B S"]:
-    return x[..., None] == torch.arange(n_states, device=x.device)
 
 
 def _per_sample(value: Float[Tensor, " B"] | float, like: Tensor) -> Tensor:

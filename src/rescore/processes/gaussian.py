@@ -23,15 +23,20 @@ Log-probabilities are in nats, sums over all dimensions of a sample, in float32 
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from rescore.processes.convert import Prediction, State, score_coefficients
+from rescore.processes.convert import Prediction, score_coefficients
+from rescore.types import State
+
+C = TypeVar("C", bound="_Rows")
 
 # ---- schedules -----------------------------------------------------------------------------------
 
@@ -248,8 +253,27 @@ GaussianSchedule = VariancePreserving | VarianceExploding | RectifiedFlow | Disc
 # ---- steps ---------------------------------------------------------------------------------------
 
 
+class _Rows:
+    """Coefficients of N steps, a row each."""
+
+    def take(self: C, rows: Shaped[Tensor, " n"] | slice) -> C:
+        """Some of the rows, by number, by mask or a range."""
+        return self._map(lambda coefficient: coefficient[rows])
+
+    def to(self: C, device: torch.device | str) -> C:
+        """The same rows on ``device``."""
+        return self._map(lambda coefficient: coefficient.to(device))
+
+    def _map(self: C, function: Callable[[Tensor], Tensor]) -> C:
+        assert dataclasses.is_dataclass(self)
+        values = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        return type(self)(
+            *(v._map(function) if isinstance(v, _Rows) else function(v) for v in values)
+        )
+
+
 @dataclass(frozen=True, eq=False)
-class AffineStep:
+class AffineStep(_Rows):
     """x_s = on_x x_t + on_a a + std z: the A, B and S of one step, float64, of length N or 1.
 
     std is 0 in a last step that leaves no noise (s = 0): it can be drawn, but it has no density,
@@ -266,13 +290,9 @@ class AffineStep:
         """Where there is noise, so that there is a density."""
         return self.std > 0
 
-    def take(self, rows: Shaped[Tensor, " n"]) -> AffineStep:
-        """Some of the rows, by number or by mask."""
-        return AffineStep(self.on_x[rows], self.on_a[rows], self.std[rows])
-
 
 @dataclass(frozen=True, eq=False)
-class TwoStep:
+class TwoStep(_Rows):
     """x_s = on_x x_t + on_a a + on_x_before x_before + on_a_before a_before + std z.
 
     The state of the chain is (x_t, x_before), two states in a row, and both a = network(x_t) and
@@ -292,14 +312,9 @@ class TwoStep:
         """Where there is noise, so that there is a density."""
         return self.std > 0
 
-    def take(self, rows: Shaped[Tensor, " n"]) -> TwoStep:
-        """Some of the rows, by number or by mask."""
-        on_x, on_a, std = self.on_x[rows], self.on_a[rows], self.std[rows]
-        return TwoStep(on_x, on_a, self.on_x_before[rows], self.on_a_before[rows], std)
-
 
 @dataclass(frozen=True, eq=False)
-class DeterministicStep:
+class DeterministicStep(_Rows):
     """x_s = on_x x_t + on_a a. No likelihood."""
 
     on_x: Float[Tensor, " N"]
@@ -307,7 +322,7 @@ class DeterministicStep:
 
 
 @dataclass(frozen=True, eq=False)
-class DeterministicTwoStep:
+class DeterministicTwoStep(_Rows):
     """x_s = on_x x_t + on_a a + on_x_before x_before + on_a_before a_before. No likelihood."""
 
     on_x: Float[Tensor, " N"]
@@ -317,7 +332,7 @@ class DeterministicTwoStep:
 
 
 @dataclass(frozen=True, eq=False)
-class HeunStep:
+class HeunStep(_Rows):
     """A guess x_guess = mean(guess, x_t, a), then ``corrected`` by network(x_guess, s).
 
     Where s has no noise the guess is final: there the correction is the guess. No likelihood.

@@ -18,13 +18,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rescore.algorithms.base import Algorithm
+from rescore.algorithms.ddpo import Ddpo
+from rescore.algorithms.dpok import Dpok
 from rescore.algorithms.egspo import Egspo
+from rescore.algorithms.flow_grpo import FlowGrpo
 from rescore.algorithms.reinforce import Reinforce
+from rescore.algorithms.score_as_action import ScoreAsAction
 from rescore.algorithms.sepo import Sepo
+from rescore.models.value import ValueCritic
 from rescore.objectives.advantages import Baseline
 from rescore.objectives.divergences import KlEstimator
 from rescore.processes.masked import Order
-from rescore.proof import oracle, score_oracle
+from rescore.proof import gaussian_oracle, oracle, score_oracle
+from rescore.proof.gaussian_worlds import GaussianWorld, KlMeaning
 from rescore.proof.oracle import Estimate
 from rescore.proof.score_worlds import EnergyWorld, Network, SamplerWorld, ScoreWorld
 from rescore.proof.worlds import World
@@ -37,7 +43,7 @@ class Claim(abc.ABC):
     """E[estimator] = factor * gradient of (E[r] - beta KL), on one world."""
 
     algorithm: Algorithm
-    world: World | ScoreWorld
+    world: World | ScoreWorld | GaussianWorld
     factor: float | None
     """What the gradient is claimed to be multiplied by; None = claimed to be biased."""
     beta: float = 0.0
@@ -112,6 +118,52 @@ class ScoreCase(Claim):
         return exact, score_oracle.expectation(self.algorithm, self.world)
 
 
+@dataclass(frozen=True, kw_only=True)
+class GaussianCase(Claim):
+    """A claim about a process with Gaussian noise."""
+
+    world: GaussianWorld
+    kl: KlMeaning = "step"
+    """Of the objective."""
+    value: Literal["exact", "wrong", "ddim"] | None = None
+    """What the critic says: the value of this chain, something else, or the value of the chain of
+    ``ddim``, for solvers whose value is a function of two states. None = there is no critic."""
+    group_size: int = 2
+    """1 for methods whose samples know nothing of each other: longer chains can be enumerated."""
+    through: Literal["all", "random"] = "all"
+    """Which steps the exact gradient goes through: all of them, or those that draw noise."""
+
+    @property
+    def option(self) -> str:
+        """The kind of world comes last."""
+        words = [*_settings(self.algorithm)]
+        words += [f"V={self.value}"] if self.value else []
+        words += [f"through={self.through}"] if self.through != "all" else []
+        words += [f"group_size={self.group_size}"] if self.group_size != 2 else []
+        return " ".join([*words, "world=gaussian"])
+
+    def measure(self) -> tuple[Float[Tensor, " D"], Estimate]:
+        exact = gaussian_oracle.exact_gradient(
+            self.world, self.beta, self.kl, only_random=self.through == "random"
+        )
+        estimate = gaussian_oracle.expectation(
+            self.algorithm, self.world, critic=self._critic(), group_size=self.group_size
+        )
+        return exact, estimate
+
+    def _critic(self) -> ValueCritic | None:
+        if self.value is None:
+            return None
+        if isinstance(self.algorithm, Dpok):
+            return self._valued().critic(wrong=self.value == "wrong")
+        assert isinstance(self.algorithm, ScoreAsAction)
+        design, wrong = self.algorithm.design, self.value == "wrong"
+        return self._valued().critic(self.beta, self.kl, design=design, wrong=wrong)
+
+    def _valued(self) -> GaussianWorld:
+        return replace(self.world, solver="ddim") if self.value == "ddim" else self.world
+
+
 def _settings(instance: Algorithm | Score) -> Iterator[str]:
     """``name=value`` where it differs from the default; the form of a ``Score`` is called score."""
     for field in dataclasses.fields(instance):
@@ -119,7 +171,8 @@ def _settings(instance: Algorithm | Score) -> Iterator[str]:
         if isinstance(value, Score):
             yield from _settings(value)
         elif value != field.default:
-            name = "score" if field.name == "form" else field.name
+            is_form = isinstance(instance, Score) and field.name == "form"
+            name = "score" if is_form else field.name
             yield f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
 
 
@@ -160,6 +213,35 @@ SAMPLERS = tuple(
         replace(TWO_POSITIONS, steps=3, predictor="euler"),
         replace(TWO_POSITIONS, corrector_steps=1),
     )
+)
+DDIM = GaussianWorld(steps=3)
+TWO_DDIM, ONE_DDIM = GaussianWorld(steps=2), GaussianWorld(steps=1)
+TWO_FLOW = GaussianWorld(steps=2, noise="flow", solver="flow_sde", eta=0.7)
+ONE_STATE = tuple(
+    replace(world, steps=steps)
+    for steps in (3, 2)
+    for world in (
+        replace(DDIM, eta=0.5),
+        replace(DDIM, solver="euler_maruyama"),
+        replace(DDIM, solver="euler_maruyama", eta=0.7),
+        replace(DDIM, solver="flow_match_stochastic", noise="flow"),
+        TWO_FLOW,
+        DDIM,
+    )
+)
+"""Of solvers that look at one state, with noise in every step."""
+TWO_STATES = tuple(GaussianWorld(steps=steps, solver="dpm_solver_2m_sde") for steps in (3, 2))
+QUIET = (
+    replace(DDIM, t_min=0.0),
+    replace(DDIM, window=(0, 2)),
+    replace(DDIM, window=(1, 2)),
+    replace(TWO_FLOW, window=(0, 1)),
+)
+"""Some steps draw no noise."""
+WITHOUT_NOISE = tuple(
+    GaussianWorld(steps=3, solver=solver, t_min=t_min)
+    for solver in ("ddim_ode", "probability_flow")
+    for t_min in (0.1, 0.0)
 )
 ORDERS: tuple[Order, ...] = (
     "random",
@@ -203,6 +285,16 @@ def reinforce() -> Iterator[Claim]:
             yield case(algorithm=Reinforce(score=score), factor=None)
     for sampler, (baseline, factor) in itertools.product(SAMPLERS, BASELINES.items()):
         yield ScoreCase(algorithm=Reinforce(baseline=baseline), world=sampler, factor=factor)
+    for chain, (baseline, factor) in itertools.product(
+        (*ONE_STATE, *TWO_STATES), BASELINES.items()
+    ):
+        yield GaussianCase(algorithm=Reinforce(baseline=baseline), world=chain, factor=factor)
+    with_kl = Reinforce(beta=0.5)
+    for chain in (TWO_DDIM, TWO_FLOW):
+        yield GaussianCase(algorithm=with_kl, world=chain, beta=with_kl.beta, factor=None)
+    for chain in QUIET:
+        yield GaussianCase(algorithm=Reinforce(), world=chain, factor=None)
+        yield GaussianCase(algorithm=Reinforce(), world=chain, through="random", factor=1.0)
 
 
 def egspo() -> Iterator[Case]:
@@ -358,9 +450,136 @@ def sepo_options(world: EnergyWorld, plain: Sepo, *, exact: bool) -> Iterator[Sc
     yield case(algorithm=replace(half, normalise_std=True), factor=None)
 
 
+def score_as_action() -> Iterator[GaussianCase]:
+    """Both forms are exact with the value of the chain, for the KL that they are told to use."""
+    for form in ("ppo", "score_gradient"):
+        default = ScoreAsAction(form=form)
+        for world in ONE_STATE:
+            yield _valued(default, world)
+            if world.noise == "vp":
+                yield _valued(replace(default, kl="continuous"), world)
+        yield from score_as_action_options(default)
+        for world in TWO_STATES:
+            yield _valued(default, world, value="ddim", factor=None)
+
+    default = ScoreAsAction()
+    for world in (TWO_DDIM, ONE_DDIM):
+        for whitening in ("global", "per_step"):
+            white = replace(default, whitening=whitening, beta=0.0)
+            yield _valued(white, world, group_size=2, factor=None)
+    yield _valued(replace(default, advantage_clip=1.0), DDIM, factor=None)
+    for world in QUIET:
+        yield _valued(replace(default, beta=0.0), world, factor=None)
+        yield _valued(replace(default, beta=0.0), world, through="random")
+
+    default = ScoreAsAction(form="score_gradient")
+    for world in QUIET:
+        yield _valued(default, world)
+    for world in WITHOUT_NOISE:
+        yield _valued(replace(default, beta=0.0), world)
+        yield _valued(replace(default, kl="continuous"), world)
+    rate = replace(default, kl="continuous", weighting="continuous")
+    yield _valued(rate, DDIM, factor=None)
+    yield _valued(replace(default, through_score=False), DDIM, factor=None)
+    yield _valued(replace(default, through_score=False, design="plain"), DDIM)
+
+
+def score_as_action_options(default: ScoreAsAction) -> Iterator[GaussianCase]:
+    """What both forms share, one at a time."""
+    for beta in (0.0, 0.5):
+        yield _valued(replace(default, beta=beta), DDIM)
+    yield _valued(replace(default, beta=0.5, kl="continuous"), DDIM)
+    for n_steps in (1, 2):
+        yield _valued(replace(default, n_steps=n_steps), DDIM)
+    for design in ("linear", "constant", "plain"):
+        yield _valued(replace(default, design=design), DDIM)
+    yield _valued(replace(default, proximal=0.3), DDIM)
+    yield _valued(default, DDIM, value="wrong", factor=None)
+
+
+def _valued(
+    algorithm: ScoreAsAction,
+    world: GaussianWorld,
+    *,
+    value: Literal["exact", "wrong", "ddim"] = "exact",
+    group_size: int = 1,
+    through: Literal["all", "random"] = "all",
+    factor: float | None = 1.0,
+) -> GaussianCase:
+    """Score as Action with a given critic, against the objective that it names."""
+    return GaussianCase(
+        algorithm=algorithm,
+        world=world,
+        beta=algorithm.beta,
+        kl=algorithm.kl,
+        value=value,
+        group_size=group_size,
+        through=through,
+        factor=factor,
+    )
+
+
+def dpok() -> Iterator[GaussianCase]:
+    """Any V(x, t) is a baseline; the KL takes its states as given, as it does in ``egspo``."""
+    default = Dpok()
+    plain = replace(default, beta=0.0)
+    for world, value in itertools.product(ONE_STATE, ("exact", "wrong")):
+        yield GaussianCase(algorithm=plain, world=world, value=value, group_size=1, factor=1.0)
+    for world in TWO_STATES:
+        yield GaussianCase(algorithm=plain, world=world, value="ddim", group_size=1, factor=1.0)
+    for world, through in itertools.product(QUIET, ("all", "random")):
+        yield GaussianCase(
+            algorithm=plain,
+            world=world,
+            value="exact",
+            group_size=1,
+            through=through,
+            factor=None if through == "all" else 1.0,
+        )
+    for beta in (default.beta, 0.5):
+        yield GaussianCase(
+            algorithm=replace(default, beta=beta),
+            world=DDIM,
+            beta=beta,
+            value="exact",
+            group_size=1,
+            factor=None,
+        )
+
+
+def ddpo() -> Iterator[GaussianCase]:
+    """Biased by its standard deviation in all settings; drawing steps adds nothing to that."""
+    default = Ddpo()
+    for world in (*TWO_STATES, *ONE_STATE):
+        yield GaussianCase(algorithm=default, world=world, factor=None)
+    for world in (TWO_DDIM, ONE_DDIM):
+        batch = replace(default, statistics="batch")
+        yield GaussianCase(algorithm=batch, world=world, factor=None)
+    case = partial(GaussianCase, world=TWO_DDIM, factor=None)
+    yield case(algorithm=replace(default, n_steps=1))
+    yield case(algorithm=replace(default, advantage_clip=math.inf))
+    yield case(algorithm=replace(default, beta=0.01), beta=0.01)
+
+
+def flow_grpo() -> Iterator[GaussianCase]:
+    """As ``ddpo``; with a window, part of the gradient is not looked for."""
+    default = FlowGrpo()
+    plain = replace(default, beta=0.0)
+    for world in (*TWO_STATES, *ONE_STATE, QUIET[-1]):
+        yield GaussianCase(algorithm=default, world=world, beta=default.beta, factor=None)
+    for world in (TWO_FLOW, QUIET[-1], ONE_DDIM):
+        case = partial(GaussianCase, world=world, factor=None)
+        yield case(algorithm=plain)
+        yield case(algorithm=replace(plain, std="batch"))
+
+
 CASES: Mapping[str, Callable[[], Iterator[Claim]]] = {
     "reinforce": reinforce,
     "egspo": egspo,
     "sepo": sepo,
+    "score_as_action": score_as_action,
+    "dpok": dpok,
+    "ddpo": ddpo,
+    "flow_grpo": flow_grpo,
 }
 """By the module name of the algorithm."""

@@ -83,6 +83,14 @@ class EnumeratingRng:
         """
         raise ValueError("times cannot be enumerated; soft_low_confidence is proven by quadrature")
 
+    def normal(self, stream: Stream, step: int, where: Int[Tensor, "B R"]) -> Float[Tensor, "B R"]:
+        """Normals are continuous.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("normals cannot be enumerated; continuous samples are proven elsewhere")
+
     def _digit(self, radix: int) -> Int[Tensor, " B"]:
         self.n_outcomes *= radix
         digit, self.rest = self.rest % radix, self.rest // radix

@@ -26,7 +26,7 @@ from rescore.sampling.decoder import RateDecoder
 from rescore.sampling.policy import RatePolicy
 from rescore.sampling.record import Record
 from rescore.sampling.rng import Rng, Stream
-from rescore.types import Prompts, RateTrajectory
+from rescore.types import Given, Prompts, RateTrajectory
 
 Network = Literal["table", "mlp", "factorised"]
 """phi: a number per sample; a small MLP, so that samples share parameters; or a sum over positions,
@@ -158,9 +158,9 @@ class SamplerWorld(ScoreWorld):
 class ExactPolicy(RatePolicy):
     """Draws samples from the law that its network's scores are the ratios of, in one step."""
 
-    def draw(self, prompts: Prompts, record: Record, rng: Rng) -> RateTrajectory:
+    def draw(self, prompts: Given, record: Record, rng: Rng) -> RateTrajectory:
         """One categorical draw over all samples; no moves are kept, for there are none."""
-        assert isinstance(self.network, CountedScores)
+        assert isinstance(prompts, Prompts) and isinstance(self.network, CountedScores)
         energy = self.network.network
         assert isinstance(energy, Energy) and not record.moves
         n_samples = prompts.n_samples

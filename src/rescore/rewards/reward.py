@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from rescore.types import Prompts
+from rescore.types import Given, Outputs
 
 
 class RewardError(RuntimeError):
@@ -22,8 +22,12 @@ class RewardError(RuntimeError):
 class RewardFunction(Protocol):
     """What a user writes: one number per sample, higher is better."""
 
-    def __call__(self, outputs: Int[Tensor, "B L"], prompts: Prompts, /) -> Any:
-        """Anything ``torch.as_tensor`` turns into B finite numbers."""
+    def __call__(self, outputs: Any, prompts: Any, /) -> Any:
+        """Anything ``torch.as_tensor`` turns into B finite numbers.
+
+        ``outputs`` are the tokens [B L] of ``prompts`` (``Prompts``), or continuous samples
+        [B *shape] made under them (``Conditions``).
+        """
         ...
 
 
@@ -43,9 +47,7 @@ class Reward:
                 f"reward weights name unknown terms {unknown}; there are {sorted(self.functions)}"
             )
 
-    def terms(
-        self, outputs: Int[Tensor, "B L"], prompts: Prompts
-    ) -> dict[str, Float[Tensor, " B"]]:
+    def terms(self, outputs: Outputs, prompts: Given) -> dict[str, Float[Tensor, " B"]]:
         """Every term, unweighted, as float32 on the device of the outputs.
 
         Raises:
@@ -57,6 +59,11 @@ class Reward:
             for name, function in self.functions.items()
         }
 
+    def value(self, outputs: Outputs, prompts: Given) -> Float[Tensor, " B"]:
+        """The weighted sum, of which only terms that count are asked for; errors as ``terms``."""
+        counted = {n: f for n, f in self.functions.items() if self.weights.get(n, 1.0) != 0}
+        return self.total(Reward(counted).terms(outputs, prompts))
+
     def total(self, terms: Mapping[str, Float[Tensor, " B"]]) -> Float[Tensor, " B"]:
         """The weighted sum of ``terms``."""
         return torch.stack(
@@ -65,12 +72,14 @@ class Reward:
 
 
 def _checked(
-    name: str, function: RewardFunction, outputs: Int[Tensor, "B L"], prompts: Prompts
+    name: str, function: RewardFunction, outputs: Outputs, prompts: Given
 ) -> Float[Tensor, " B"]:
     n = outputs.shape[0]
     try:
         value = torch.as_tensor(function(outputs, prompts), device=outputs.device)
         value = value.to(torch.float32) if value.dtype != torch.float64 else value
+    except RewardError as error:  # it says all there is to say
+        raise RewardError(f"reward term '{name}': {error}") from error
     except Exception as error:  # the user's function may raise anything; we say where and stop
         where = _first_failure(function, outputs, prompts)
         raise RewardError(
@@ -86,13 +95,13 @@ def _checked(
         sample = int((~finite).nonzero()[0])
         raise RewardError(
             f"reward term '{name}' returned {value[sample].item()} for sample {sample} "
-            f"(sample_id {int(prompts.sample_id[sample])}, output {outputs[sample].tolist()}); "
+            f"(sample_id {int(prompts.sample_id[sample])}, output {_written(outputs[sample])}); "
             f"a reward must be finite"
         )
     return value
 
 
-def _first_failure(function: RewardFunction, outputs: Int[Tensor, "B L"], prompts: Prompts) -> str:
+def _first_failure(function: RewardFunction, outputs: Outputs, prompts: Given) -> str:
     """Which sample makes the function raise, found by calling it on one at a time."""
     for sample in range(outputs.shape[0]):
         row = torch.tensor([sample], device=outputs.device)
@@ -101,6 +110,11 @@ def _first_failure(function: RewardFunction, outputs: Int[Tensor, "B L"], prompt
         except Exception:
             return (
                 f"first failing sample {sample}, sample_id {int(prompts.sample_id[sample])}, "
-                f"output {outputs[sample].tolist()}"
+                f"output {_written(outputs[sample])}"
             )
     return "the whole batch at once; every sample alone works"
+
+
+def _written(output: Tensor) -> str:
+    """An output in a message; only its shape where its numbers would fill a page."""
+    return str(output.tolist()) if output.numel() <= 1024 else f"of shape {tuple(output.shape)}"

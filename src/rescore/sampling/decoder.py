@@ -9,7 +9,19 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
+from rescore.processes import solvers
+from rescore.processes.convert import Prediction
+from rescore.processes.gaussian import (
+    AffineStep,
+    DiscreteTable,
+    GaussianSchedule,
+    HeunStep,
+    RectifiedFlow,
+    Step,
+)
 from rescore.processes.masked import Order
 from rescore.processes.schedules import LogLinear, Noise
 
@@ -24,6 +36,10 @@ class Decoding(abc.ABC):
     @abc.abstractmethod
     def shorter(self) -> Iterator[Decoding]:
         """The same protocol with fewer steps, the fewest first."""
+
+    def at(self, progress: float) -> Decoding:
+        """How rollouts are sampled at a fraction of the run, 0 at its first and 1 at its last."""
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,3 +154,180 @@ class RateDecoder(Decoding):
     def __str__(self) -> str:
         corrector = f" + {self.corrector_steps} corrector" if self.corrector_steps else ""
         return f"{self.steps}{corrector} steps, {self.predictor} predictor"
+
+
+Solver = Literal[
+    "ddim",
+    "euler_maruyama",
+    "flow_sde",
+    "flow_match_stochastic",
+    "dpm_solver_2m_sde",
+    "ddim_ode",
+    "probability_flow",
+    "heun",
+    "dpm_solver_2m",
+]
+"""Names of the functions of ``rescore.processes.solvers``."""
+WITH_ETA: tuple[Solver, ...] = ("ddim", "euler_maruyama", "flow_sde")
+"""Random solvers that can draw more or less noise."""
+DETERMINISTIC: tuple[Solver, ...] = ("ddim_ode", "probability_flow", "heun", "dpm_solver_2m")
+"""Solvers whose steps have no density."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaussianDecoder(Decoding):
+    """A solver of the reverse equation of a process with Gaussian noise, and its times."""
+
+    solver: Solver = "ddim"
+    """How a step is made. The last four draw no noise, so they serve evaluation, and methods that
+    use no likelihood."""
+    eta: float = 1.0
+    """Noise of ``ddim`` and ``euler_maruyama``, 1 as in the process itself; of ``flow_sde`` the
+    noise level. Other solvers leave no choice."""
+    eta_end: float | None = None
+    """``eta`` of the last rollout, reached from ``eta`` in equal steps; None = the same throughout.
+    Evaluation keeps ``eta``."""
+    window: tuple[int, int] | None = None
+    """First step that draws noise, and the first after it that does not (MixGRPO's SDE window);
+    the others are steps of ``ddim_ode``. None = all."""
+    spacing: Literal["linear", "leading", "trailing"] = "linear"
+    """Times of the steps: ``linear`` in t from ``t_max`` to ``t_min``; or entries of the table of a
+    ``DiscreteTable`` as diffusers spaces them, and 0 last."""
+    offset: int = 0
+    """Added to the entries of ``leading``: diffusers' ``steps_offset``."""
+    t_max: float = 1.0
+    """Where ``linear`` starts."""
+    t_min: float = 0.0
+    """Where ``linear`` ends; above 0 some noise is left in the samples."""
+    shift: float = 1.0
+    """Moves linear times towards noise, t -> shift t / (1 + (shift - 1) t), as SD3 does."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"decoder: steps={self.steps}; expected at least 1")
+        if not 0 <= self.t_min < self.t_max <= 1:
+            raise ValueError(
+                f"decoder: times from t_max={self.t_max} to t_min={self.t_min}; expected "
+                f"0 <= t_min < t_max <= 1"
+            )
+        if not (0 < self.shift < math.inf and self.offset >= 0):
+            raise ValueError(
+                f"decoder: shift={self.shift} must be positive, offset={self.offset} at least 0"
+            )
+        if self.solver in WITH_ETA:
+            if not 0 < self.eta < math.inf:
+                raise ValueError(
+                    f"decoder: eta={self.eta} leaves {self.solver} without noise, so without "
+                    f"likelihoods; use an eta above 0, or one of {', '.join(DETERMINISTIC)}"
+                )
+        elif self.eta != 1:
+            raise ValueError(
+                f"decoder: {self.solver} has no eta, but eta={self.eta}; those that have are "
+                f"{', '.join(WITH_ETA)}"
+            )
+        if self.eta_end is not None and not (
+            self.solver in WITH_ETA and 0 < self.eta_end < math.inf
+        ):
+            raise ValueError(
+                f"decoder: eta_end={self.eta_end} with {self.solver}; expected a number above 0 "
+                f"and one of {', '.join(WITH_ETA)}"
+            )
+        if self.window is not None:
+            if self.solver not in WITH_ETA:
+                raise ValueError(
+                    f"decoder: a window of noise needs one of {', '.join(WITH_ETA)}, not "
+                    f"{self.solver}"
+                )
+            if not 0 <= self.window[0] < self.window[1] <= self.steps:
+                raise ValueError(
+                    f"decoder: window={self.window}; expected 0 <= first < after last <= steps="
+                    f"{self.steps}"
+                )
+
+    @property
+    def is_random(self) -> bool:
+        """Whether steps draw noise, so that they have likelihoods."""
+        return self.solver not in DETERMINISTIC
+
+    def at(self, progress: float) -> GaussianDecoder:
+        if self.eta_end is None:
+            return self
+        return replace(self, eta=self.eta + progress * (self.eta_end - self.eta), eta_end=None)
+
+    @property
+    def noise_eta(self) -> float:
+        """eta of the equation that the solver follows; 1 for those without noise or without one."""
+        if self.solver == "flow_sde":
+            return self.eta / math.sqrt(2)
+        return self.eta
+
+    def shorter(self) -> Iterator[GaussianDecoder]:
+        for steps in range(2, self.steps):
+            yield replace(self, steps=steps, window=None)
+
+    def times(self, schedule: GaussianSchedule) -> Float[Tensor, " M"]:
+        """The times of the states, from noise to data, float64.
+
+        Raises:
+            ValueError: a spacing by entries, and a schedule without a table, or with a shorter one.
+        """
+        if self.spacing == "linear":
+            t = torch.linspace(self.t_max, self.t_min, self.steps + 1, dtype=torch.float64)
+            return self.shift * t / (1 + (self.shift - 1) * t)
+        if not isinstance(schedule, DiscreteTable):
+            raise ValueError(
+                f"decoder: spacing='{self.spacing}' counts entries of a table, which a "
+                f"{type(schedule).__name__} has not; use 'linear'"
+            )
+        n_entries = len(schedule.alphas_cumprod)
+        if self.steps > n_entries:
+            raise ValueError(
+                f"decoder: steps={self.steps}, but the network's table has {n_entries} entries; "
+                f"use no more steps than that"
+            )
+        if self.spacing == "leading":
+            entry = torch.arange(self.steps).flip(0) * (n_entries // self.steps) + self.offset
+        else:
+            place = torch.arange(self.steps, dtype=torch.float64) * n_entries / self.steps
+            entry = (n_entries - place).round().long() - 1
+        return torch.cat([schedule.time_of(entry), torch.zeros(1, dtype=torch.float64)])
+
+    def solve(self, schedule: GaussianSchedule, prediction: Prediction) -> Step | HeunStep:
+        """The coefficients of all steps, a row each.
+
+        Raises:
+            ValueError: the solver cannot serve this schedule, prediction or start, see its own
+                description.
+        """
+        times = self.times(schedule)
+        t, s = times[:-1], times[1:]
+        if self.solver in ("dpm_solver_2m_sde", "dpm_solver_2m"):
+            before = torch.cat([t[:1], t[:-1]])
+            function = getattr(solvers, self.solver)
+            return function(schedule, before, t, s, prediction=prediction)
+        if self.solver == "flow_sde":
+            if not isinstance(schedule, RectifiedFlow):
+                raise ValueError(
+                    f"decoder: flow_sde is for a RectifiedFlow, not a {type(schedule).__name__}; "
+                    f"use 'euler_maruyama'"
+                )
+            step = solvers.flow_sde(schedule, t, s, prediction=prediction, noise_level=self.eta)
+        elif self.solver in ("ddim", "euler_maruyama"):
+            function = solvers.ddim if self.solver == "ddim" else solvers.euler_maruyama
+            step = function(schedule, t, s, prediction=prediction, eta=self.eta)
+        else:
+            return getattr(solvers, self.solver)(schedule, t, s, prediction=prediction)
+        if self.window is None:
+            return step
+        number = torch.arange(self.steps)
+        inside = (self.window[0] <= number) & (number < self.window[1])
+        quiet = solvers.ddim_ode(schedule, t, s, prediction=prediction)
+        return AffineStep(
+            torch.where(inside, step.on_x, quiet.on_x),
+            torch.where(inside, step.on_a, quiet.on_a),
+            torch.where(inside, step.std, 0.0),
+        )
+
+    def __str__(self) -> str:
+        eta = f"({self.eta:g})" if self.solver in WITH_ETA else ""
+        return f"{self.steps} steps of {self.solver.replace('_', ' ')}{eta}"

@@ -2,87 +2,59 @@
 
 from __future__ import annotations
 
-import abc
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rescore.models.critics import Critic
+from rescore.models.critics import Learned
 from rescore.models.denoiser import Counted, CountedScores, Denoiser, ScoreNetwork, SubsScores
+from rescore.models.gaussian_network import CountedOutputs, GaussianNetwork
+from rescore.objectives.divergences import categorical_kl, finite
+from rescore.sampling.base import Policy, Transition
 from rescore.sampling.chunks import over_rows
-from rescore.sampling.decoder import Decoder, Decoding, Move, RateDecoder
+from rescore.sampling.decoder import Decoder, Decoding, GaussianDecoder, RateDecoder
 from rescore.sampling.discrete import StepRows, columns_of, fill_in, sample_masked, step_log_prob
-from rescore.sampling.rates import move_probs, sample_rates, tokens_log_prob
+from rescore.sampling.gaussian_policy import GaussianPolicy
+from rescore.sampling.rates import (
+    Law,
+    laws_of,
+    log_or_impossible,
+    move_probs,
+    sample_rates,
+    tokens_log_prob,
+)
 from rescore.sampling.record import Record, Score
-from rescore.sampling.rng import Rng, SampleRng
-from rescore.types import MaskedTrajectory, Prompts, RateTrajectory, Trajectory, joined
+from rescore.sampling.rng import Rng
+from rescore.types import Given, MaskedTrajectory, Prompts, RateTrajectory, Trajectory
 
-P = TypeVar("P", bound=Trajectory)
+Network = Denoiser | ScoreNetwork | GaussianNetwork
+"""Any network that can be fine-tuned."""
 
 
 @dataclass(frozen=True)
-class Transition:
-    """How a policy sees given steps of given paths."""
+class TokenTransition(Transition):
+    """Steps that write tokens."""
 
-    log_prob: Float[Tensor, " N"]
-    """Log-probability of each step, nats, summed over what the score counts."""
-    log_p: Float[Tensor, "N R V"]
-    """The law the tokens are scored under, at the rows that were needed."""
+    law: Callable[[], Float[Tensor, "N R V"]]
+    """Computes ``log_p``, which only KL terms need."""
     revealed: Bool[Tensor, "N R"]
     """True for the rows the step revealed."""
 
-
-class Policy(abc.ABC, Generic[P]):
-    """A network and the way it is decoded: draws paths, and scores steps of given paths."""
-
-    forward_rows: int
-
-    @abc.abstractmethod
-    def draw(self, prompts: Prompts, record: Record, rng: Rng) -> P:
-        """One path per prompt in one batch; the caller decides about gradients."""
-
-    @abc.abstractmethod
-    def transition(
-        self, trajectory: Trajectory, step: Int[Tensor, " N"], score: Score
-    ) -> Transition:
-        """Score step ``step[i]`` of path i: one network row each, with gradients if enabled."""
-
     @property
-    @abc.abstractmethod
-    def rows(self) -> int:
-        """Canvases put through the network so far; 0 if nobody counts."""
+    def log_p(self) -> Float[Tensor, "N R V"]:
+        """The law the tokens are scored under, at the rows that were needed, nats."""
+        return self.law()
 
-    @torch.no_grad()
-    def sample(self, prompts: Prompts, record: Record, rng: SampleRng) -> P:
-        """Draw one path per prompt, recording what ``record`` asks for; a part at a time."""
-
-        def part(rows: Int[Tensor, " n"]) -> P:
-            rows = rows.to(prompts.tokens.device)
-            return self.draw(prompts.take(rows), record, rng.take(rows))
-
-        return joined(over_rows(part, prompts.n_samples, at_most=self.forward_rows))
-
-    @torch.no_grad()
-    def log_probs(
-        self, trajectory: Trajectory, step: Int[Tensor, "B K"], score: Score
-    ) -> Float[Tensor, "B K"]:
-        """Score several steps of each path: B K network rows, a part at a time, no gradients."""
-        n_columns = step.shape[1]
-
-        def part(rows: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-            rows = rows.to(step.device)
-            paths = trajectory.take(rows // n_columns)
-            return self.transition(paths, step.flatten()[rows], score).log_prob
-
-        parts = over_rows(part, step.numel(), at_most=self.forward_rows)
-        return torch.cat(parts).view_as(step)
+    def kl(self, other: TokenTransition) -> Float[Tensor, " N"]:
+        """Over the rows the step revealed; tokens that ``other`` excludes count as 1e-6."""
+        return categorical_kl(self.log_p, finite(other.log_p), self.revealed)
 
 
 @dataclass(frozen=True)
-class MaskedPolicy(Policy[MaskedTrajectory]):
+class MaskedPolicy(Policy[MaskedTrajectory, TokenTransition]):
     """pi(x_s | x_t): the law of one reverse step of the masked process."""
 
     denoiser: Denoiser
@@ -94,7 +66,8 @@ class MaskedPolicy(Policy[MaskedTrajectory]):
     def rows(self) -> int:
         return self.denoiser.rows if isinstance(self.denoiser, Counted) else 0
 
-    def draw(self, prompts: Prompts, record: Record, rng: Rng) -> MaskedTrajectory:
+    def draw(self, prompts: Given, record: Record, rng: Rng) -> MaskedTrajectory:
+        assert isinstance(prompts, Prompts)
         return sample_masked(self.denoiser, self.decoder, prompts, record, rng)
 
     @torch.no_grad()
@@ -120,7 +93,7 @@ class MaskedPolicy(Policy[MaskedTrajectory]):
 
     def transition(
         self, trajectory: Trajectory, step: Int[Tensor, " N"], score: Score
-    ) -> Transition:
+    ) -> TokenTransition:
         assert isinstance(trajectory, MaskedTrajectory)
         listing_all = score.form == "tokens_and_selection" and self.decoder.order in (
             "plackett_luce",
@@ -133,7 +106,7 @@ class MaskedPolicy(Policy[MaskedTrajectory]):
             x_t, attend=trajectory.prompts.attend, positions=rows.position
         )
         log_prob, log_p = step_log_prob(logits, rows, self.decoder, score)
-        return Transition(log_prob=log_prob, log_p=log_p, revealed=rows.place >= 0)
+        return TokenTransition(log_prob=log_prob, law=lambda: log_p, revealed=rows.place >= 0)
 
     def _rows(
         self, trajectory: MaskedTrajectory, step: Int[Tensor, " N"], listing_all: bool
@@ -163,7 +136,7 @@ class MaskedPolicy(Policy[MaskedTrajectory]):
 
 
 @dataclass(frozen=True)
-class RatePolicy(Policy[RateTrajectory]):
+class RatePolicy(Policy[RateTrajectory, TokenTransition]):
     """pi(x_s | x_t) of the reverse of a process in continuous time, step by step of its grid."""
 
     network: ScoreNetwork
@@ -175,41 +148,41 @@ class RatePolicy(Policy[RateTrajectory]):
     def rows(self) -> int:
         return self.network.rows if isinstance(self.network, CountedScores) else 0
 
-    def draw(self, prompts: Prompts, record: Record, rng: Rng) -> RateTrajectory:
+    def draw(self, prompts: Given, record: Record, rng: Rng) -> RateTrajectory:
+        assert isinstance(prompts, Prompts)
         return sample_rates(self.network, self.decoder, prompts, record, rng)
 
     def transition(
         self, trajectory: Trajectory, step: Int[Tensor, " N"], score: Score
-    ) -> Transition:
+    ) -> TokenTransition:
         assert isinstance(trajectory, RateTrajectory)
         before, after = trajectory.move(step)
         probs = self.law(before, step, trajectory.prompts.attend)
         editable = trajectory.prompts.editable
-        possible = probs > 0  # the logarithm of 0 would have a gradient that is not finite
-        log_p = torch.where(possible, torch.where(possible, probs, 1.0).log(), -torch.inf)
         log_prob = tokens_log_prob(probs, after, editable)
-        return Transition(log_prob=log_prob, log_p=log_p, revealed=editable)
+        return TokenTransition(
+            log_prob=log_prob, law=lambda: log_or_impossible(probs), revealed=editable
+        )
 
     def law(
         self, x: Int[Tensor, "N L"], step: Int[Tensor, " N"], attend: Bool[Tensor, "N L"] | None
     ) -> Float[Tensor, "N L S"]:
         """The law of every token after step ``step[i]`` from state i: one network row each."""
-        moves = self.decoder.moves()
-        numbers = torch.tensor([move[1:] for move in moves], device=x.device)
-        level, length = numbers[step].unbind(1)
+        process, moves = self.network.process, laws_of(self.network.process, self.decoder)
+        laws: list[Law] = list(dict.fromkeys(move[0] for move in moves))
+        rows = [(level, length, laws.index(law)) for law, level, length in moves]
+        table = torch.tensor(rows, dtype=torch.float64, device=x.device)
+        level, length, number = table[step].unbind(1)
         log_score = self.network.log_score(x, level, attend=attend)
-        laws = torch.zeros_like(log_score)
-        kinds: dict[Move, None] = dict.fromkeys(move[0] for move in moves)
-        for kind in kinds:
-            of_kind = torch.tensor([move[0] == kind for move in moves], device=x.device)[step]
-            law = move_probs(
-                self.network.process, x, log_score, kind, length, self.decoder.predictor
-            )
-            laws = torch.where(of_kind[:, None, None], law, laws)
-        return laws
+        probs = move_probs(process, x, log_score, laws[0], torch.where(number == 0, length, 0.0))
+        for i, law in enumerate(laws[1:], start=1):
+            here = number == i
+            others = move_probs(process, x, log_score, law, torch.where(here, length, 0.0))
+            probs = torch.where(here[:, None, None], others, probs)
+        return probs
 
 
-def policy_of(network: Denoiser | ScoreNetwork, decoder: Decoding, forward_rows: int) -> Policy:
+def policy_of(network: Network, decoder: Decoding, forward_rows: int) -> Policy:
     """The policy of a network under a decoder; its network rows are counted.
 
     A masked denoiser serves processes in continuous time too: its predictions are concrete scores
@@ -218,6 +191,15 @@ def policy_of(network: Denoiser | ScoreNetwork, decoder: Decoding, forward_rows:
     Raises:
         ValueError: the decoder cannot be used with this network.
     """
+    if isinstance(decoder, GaussianDecoder) != isinstance(network, GaussianNetwork):
+        raise ValueError(
+            f"decoder: a {type(decoder).__name__} does not decode a {type(network).__name__}; "
+            f"continuous networks need a GaussianDecoder, and nothing else does"
+        )
+    if isinstance(decoder, GaussianDecoder):
+        assert isinstance(network, GaussianNetwork)
+        return GaussianPolicy(CountedOutputs(network), decoder, forward_rows)
+    assert not isinstance(network, GaussianNetwork)
     if isinstance(decoder, RateDecoder):
         scores = network if isinstance(network, ScoreNetwork) else SubsScores(network)
         return RatePolicy(CountedScores(scores), decoder, forward_rows)
@@ -238,5 +220,5 @@ class Models:
     """The policy being trained."""
     ref: Policy | None = None
     """The frozen reference that KL terms refer to; None when the algorithm uses none."""
-    critic: Critic | None = None
-    """Predicts the reward of a prompt; None when the algorithm uses none."""
+    critic: Learned | None = None
+    """Predicts rewards, as the algorithm made it; None when it uses none."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -9,39 +11,60 @@ from torch import Tensor
 from rescore.models.denoiser import ScoreNetwork
 from rescore.processes import ctmc
 from rescore.processes.ctmc import Process
-from rescore.sampling.decoder import Move, RateDecoder
+from rescore.processes.layout import gather
+from rescore.sampling.decoder import RateDecoder
 from rescore.sampling.record import Record
 from rescore.sampling.rng import Rng, Stream
 from rescore.sampling.slots import random_steps
 from rescore.types import Prompts, RateTrajectory
+
+Law = Literal["analytic", "euler", "corrector"]
+"""A law of tokens after a step: ``analytic_probs``, ``euler_probs`` or ``corrector_probs``."""
+
+
+def laws_of(process: Process, decoder: RateDecoder) -> list[tuple[Law, float, float]]:
+    """Every move in turn: its law, the total noise it starts at, and the length of the step.
+
+    The last one is analytic whatever the predictor, and as long as ``denoise_probs`` says.
+    """
+    laws: list[tuple[Law, float, float]] = []
+    for kind, level, length in decoder.moves():
+        if kind == "denoise":
+            laws.append(("analytic", level, ctmc.denoising_length(process, length)))
+        else:
+            laws.append((decoder.predictor if kind == "predictor" else kind, level, length))
+    return laws
 
 
 def move_probs(
     process: Process,
     x: Int[Tensor, "B L"],
     log_score: Float[Tensor, "B L S"],
-    kind: Move,
-    length: Float[Tensor, " B"],
-    predictor: str,
+    law: Law,
+    length: Float[Tensor, " B"] | float,
 ) -> Float[Tensor, "B L S"]:
-    """The law of every token after a step of this kind; tokens move independently of each other.
+    """The law of every token after a step; tokens move independently of each other.
 
     Sampler and losses both call this, so they cannot disagree.
     """
-    if kind == "corrector":
+    if law == "corrector":
         return ctmc.corrector_probs(process, x, log_score, length)
-    if kind == "denoise":
-        return ctmc.denoise_probs(process, x, log_score, length)
-    step = ctmc.euler_probs if predictor == "euler" else ctmc.analytic_probs
-    return step(process, x, log_score, length)
+    if law == "euler":
+        return ctmc.euler_probs(process, x, log_score, length)
+    return ctmc.analytic_probs(process, x, log_score, length)
 
 
 def tokens_log_prob(
     probs: Float[Tensor, "B L S"], token: Int[Tensor, "B L"], editable: Bool[Tensor, "B L"]
 ) -> Float[Tensor, " B"]:
     """Sum over the editable positions of the log-probability of the token drawn there, nats."""
-    drawn = probs.gather(-1, token[..., None]).squeeze(-1)
-    return torch.where(editable, torch.where(editable, drawn, 1.0).log(), 0.0).sum(-1)
+    return log_or_impossible(torch.where(editable, gather(probs, token), 1.0)).sum(-1)
+
+
+def log_or_impossible(probs: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
+    """log p, and -inf without a gradient where p is 0: that of the logarithm is not finite."""
+    possible = (probs > 0).to(probs)
+    return (probs * possible + (1 - possible)).log() + (1 - 1 / possible)
 
 
 def start_of(process: Process, prompts: Prompts, rng: Rng) -> Int[Tensor, "B L"]:
@@ -63,7 +86,7 @@ def sample_rates(
     moves kept. The caller decides about gradients.
     """
     n_samples, length = prompts.tokens.shape
-    moves, device = decoder.moves(), prompts.tokens.device
+    moves, device = laws_of(network.process, decoder), prompts.tokens.device
     where = torch.arange(length, device=device).expand(n_samples, -1)
     everything = torch.ones((n_samples, len(moves)), dtype=torch.bool, device=device)
     if record.moves == "all":
@@ -73,24 +96,23 @@ def sample_rates(
     else:
         kept_step = where[:, :0]
     kept = 0 if record.moves == "all" else kept_step.shape[1]
-    before = prompts.tokens[:, None, :].repeat(1, kept, 1)
+    before = prompts.tokens.new_zeros(n_samples, kept, length)
     after, path = before.clone(), []
 
     x = start_of(network.process, prompts, rng)
     log_probs = []
-    for k, (kind, level, size) in enumerate(moves):
-        noise = torch.full((n_samples,), level, device=device)
+    for k, (law, level, size) in enumerate(moves):
+        noise = torch.full((n_samples,), level, dtype=torch.float64, device=device)
         log_score = network.log_score(x, noise, attend=prompts.attend)
-        size_of = torch.full_like(noise, size)
-        probs = move_probs(network.process, x, log_score, kind, size_of, decoder.predictor)
+        probs = move_probs(network.process, x, log_score, law, size)
         drawn = rng.categorical(probs, Stream.TOKEN, k, where)
         moved = torch.where(prompts.editable, drawn, x)
         log_probs.append(tokens_log_prob(probs, moved, prompts.editable))
         path += [x, moved] if record.moves == "all" else []
         if kept:
-            now = (kept_step == k)[..., None]
-            before = torch.where(now, x[:, None], before)
-            after = torch.where(now, moved[:, None], after)
+            now = (kept_step == k)[..., None].to(x)
+            before.addcmul_(now, x[:, None])
+            after.addcmul_(now, moved[:, None])
         x = moved
 
     if record.moves == "all":

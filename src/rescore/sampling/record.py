@@ -67,4 +67,7 @@ class Record:
     """Choose steps on the way down."""
     moves: Literal["all"] | int = 0
     """Steps of a process in continuous time to keep, with the states before and after: all of them
-    (2 T L tokens per sample), or this many at random. Masked paths need none, they are rebuilt."""
+    (2 T L tokens per sample), or this many at random. Masked paths need none, they are rebuilt; of
+    continuous samples all states are kept or none."""
+    outputs: bool = False
+    """Keep what the network said about every state, of continuous samples only."""

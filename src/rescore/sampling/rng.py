@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rescore.processes.layout import FEW_STATES
+
 MANY_TOKENS = 1000
 """Above this many tokens the cumulative sum of a categorical is taken in float64."""
 
@@ -22,6 +24,8 @@ class Stream(IntEnum):
     """What a draw is for; streams are independent of each other."""
 
     TOKEN = 0
+    NOISE = 0
+    """Of continuous samples, which have no tokens."""
     POSITION = 1
     SLOT = 2
     START = 3
@@ -56,6 +60,10 @@ class Rng(Protocol):
         """The logarithm of a time per row, exponential with this rate."""
         ...
 
+    def normal(self, stream: Stream, step: int, where: Int[Tensor, "B R"]) -> Float[Tensor, "B R"]:
+        """A standard normal per row, float64."""
+        ...
+
 
 @dataclass(frozen=True)
 class SampleRng:
@@ -73,13 +81,8 @@ class SampleRng:
 
     def uniform(self, stream: Stream, step: int, where: Int[Tensor, "B R"]) -> Float[Tensor, "B R"]:
         """Uniforms on the grid (k + 1/2) 2^-52 in (0, 1), float64: one per sample and row name."""
-        sample = self.sample_id[:, None].expand_as(where)
-        counter = [
-            where & _LOW,
-            torch.full_like(where, step * STREAMS_PER_STEP + stream),
-            sample & _LOW,
-            (sample >> 32) & _LOW,
-        ]
+        sample, draw = self.sample_id[:, None], step * STREAMS_PER_STEP + stream
+        counter = [where & _LOW, torch.full_like(sample, draw), sample & _LOW, sample >> 32]
         high, low = _philox(counter, self.seed & _LOW, (self.seed >> 32) & _LOW)[:2]
         bits = ((high >> 6) << 26) | (low >> 6)  # 52 bits
         return (bits.double() + 0.5) * 2.0**-52
@@ -93,8 +96,11 @@ class SampleRng:
         u = self.uniform(stream, step, where)
         if cdf.dtype == torch.float32:  # rounded down to 24 bits, so that u stays below 1
             u = (u * 2.0**24).floor() * 2.0**-24
-        threshold = u.to(cdf.dtype) * cdf[..., -1]
-        token = torch.searchsorted(cdf, threshold[..., None], right=True).squeeze(-1)
+        threshold = (u.to(cdf.dtype) * cdf[..., -1])[..., None]
+        if probs.shape[-1] <= FEW_STATES:
+            token = (cdf <= threshold).to(cdf.dtype).sum(-1).long()
+        else:
+            token = torch.searchsorted(cdf, threshold, right=True).squeeze(-1)
         return token.clamp(max=probs.shape[-1] - 1)  # NaN probabilities are reported by the trainer
 
     def ordered(
@@ -112,6 +118,10 @@ class SampleRng:
         waiting = -self.uniform(Stream.POSITION, step, where).log()
         return waiting.log().to(log_rate.dtype) - log_rate
 
+    def normal(self, stream: Stream, step: int, where: Int[Tensor, "B R"]) -> Float[Tensor, "B R"]:
+        """The inverse CDF of one uniform per row; none is beyond 8.2."""
+        return torch.special.ndtri(self.uniform(stream, step, where))
+
 
 _LOW = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -119,15 +129,18 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 def _philox(counter: list[Tensor], key_0: int, key_1: int) -> list[Tensor]:
-    """Ten rounds of Philox4x32 on 32-bit words held in int64 (products wrap modulo 2^64)."""
+    """Ten rounds of Philox4x32 on 32-bit words held in int64 (products wrap modulo 2^64).
+
+    Words that no product reads (c_1, c_3) may carry anything above their 32 bits.
+    """
     c_0, c_1, c_2, c_3 = counter
     for _ in range(10):
         product_0, product_1 = c_0 * _MULTIPLIERS[0], c_2 * _MULTIPLIERS[1]
         c_0, c_1, c_2, c_3 = (
-            ((product_1 >> 32) & _LOW) ^ c_1 ^ key_0,
-            product_1 & _LOW,
-            ((product_0 >> 32) & _LOW) ^ c_3 ^ key_1,
-            product_0 & _LOW,
+            ((product_1 >> 32) ^ c_1 ^ key_0) & _LOW,
+            product_1,
+            ((product_0 >> 32) ^ c_3 ^ key_1) & _LOW,
+            product_0,
         )
         key_0, key_1 = (key_0 + _WEYL[0]) & _LOW, (key_1 + _WEYL[1]) & _LOW
-    return [c_0, c_1, c_2, c_3]
+    return [c_0, c_1 & _LOW, c_2, c_3 & _LOW]

@@ -133,7 +133,7 @@ def snis_log_likelihood(
     z, origin = neighbour.flatten(0, 1), x.repeat_interleave(n_draws, 0)
     editable = prompts.editable.repeat_interleave(n_draws, 0)
     attend = None if prompts.attend is None else prompts.attend.repeat_interleave(n_draws, 0)
-    noise = torch.full((len(z),), total_noise, device=x.device)
+    noise = torch.full((len(z),), total_noise, dtype=torch.float64, device=x.device)
     score_z = network.log_score(z, noise, attend=attend)
     back = torch.where(z != origin, score_z.gather(-1, origin[..., None]).squeeze(-1), 0.0).sum(
         1

@@ -36,7 +36,7 @@ from rescore.tasks.dna_sequences import (
     Measured,
     known_patterns,
 )
-from rescore.tasks.task import Split, Task
+from rescore.tasks.task import Split, TokenTask
 from rescore.types import Examples, Prompts
 
 WIDTH = 12
@@ -161,7 +161,7 @@ def _is_open(classifier: FittedClassifier) -> Oracle:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dna(Task):
+class Dna(TokenTask):
     """Sequences of 200 letters; every prompt is the fully masked canvas.
 
     Oracles are fitted when an output is first scored, 15 CPU-seconds in all for the default

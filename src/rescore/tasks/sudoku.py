@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rescore.rewards.reward import Reward
 from rescore.tasks.sudoku_grids import BOXES, MOST_BLANKS, completions, grids_4x4, puzzle_pool
-from rescore.tasks.task import Layout, Split, Task
+from rescore.tasks.task import Layout, Split, TokenTask
 from rescore.types import Examples, Prompts
 
 
@@ -44,7 +44,7 @@ def _joined(parts: list[str], n: int, separator: str) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sudoku(Task):
+class Sudoku(TokenTask):
     """Puzzles with one solution: 4x4 from all 288 grids, 6x6 and 9x9 generated.
 
     Pools are drawn on first use, the same for the same fields.

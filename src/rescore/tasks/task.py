@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from rescore.rewards.reward import Reward
-from rescore.types import Examples, Prompts
+from rescore.types import Clean, Conditions, Examples, Given, Outputs, Points, Prompts, State
 
 Split = Literal["train", "validation", "test"]
 
@@ -29,7 +29,60 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Task(abc.ABC):
-    """Data and judgement, without a model. Subclass, add fields, implement the members below."""
+    """Data and judgement, without a model; subclass ``TokenTask`` or ``ContinuousTask``."""
+
+    @property
+    @abc.abstractmethod
+    def reward(self) -> Reward:
+        """What an output is worth; every term of it is reported by name."""
+
+    @abc.abstractmethod
+    def size(self, split: Split) -> int:
+        """Number of prompts in a split."""
+
+    @abc.abstractmethod
+    def prompts(self, split: Split, index: Int[Tensor, " B"]) -> Given:
+        """The prompts with these numbers, each its own group; ``sample_id`` is the row number.
+
+        A pure function of its arguments.
+        """
+
+    @abc.abstractmethod
+    def clean(self, split: Split) -> Clean:
+        """Finished samples of a split, to train or validate a base model on.
+
+        Raises:
+            ValueError: this task has none.
+        """
+
+    @abc.abstractmethod
+    def read(self, texts: Sequence[str]) -> Given:
+        """Prompts from texts that a person typed, each checked.
+
+        Raises:
+            ValueError: a text is no valid prompt; says which and why.
+        """
+
+    @abc.abstractmethod
+    def show(self, sample: Outputs, /) -> str:
+        """One sample, without a batch axis, as text a person can read."""
+
+    @abc.abstractmethod
+    def show_prompt(self, prompts: Given, row: int) -> str:
+        """One prompt as text a person can read."""
+
+    def check(self) -> None:
+        """Refuse what cannot work on this machine, before anything is loaded or written.
+
+        Raises:
+            ValueError: says what is missing and what to do.
+        """
+        return
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenTask(Task):
+    """A task whose samples are sequences of tokens. Subclass, add fields, implement the members."""
 
     @property
     @abc.abstractmethod
@@ -55,53 +108,26 @@ class Task(abc.ABC):
     def length(self) -> int:
         """L: positions of the canvas."""
 
-    @property
     @abc.abstractmethod
-    def reward(self) -> Reward:
-        """What an output is worth; every term of it is reported by name."""
+    def prompts(self, split: Split, index: Int[Tensor, " B"]) -> Prompts: ...
 
     @abc.abstractmethod
-    def size(self, split: Split) -> int:
-        """Number of prompts in a split."""
+    def clean(self, split: Split) -> Examples: ...
 
     @abc.abstractmethod
-    def prompts(self, split: Split, index: Int[Tensor, " B"]) -> Prompts:
-        """The prompts with these numbers, each its own group; ``sample_id`` is the row number.
-
-        A pure function of its arguments.
-        """
-
-    @abc.abstractmethod
-    def clean(self, split: Split) -> Examples:
-        """Finished sequences of a split, to train or validate a base model on.
-
-        Raises:
-            ValueError: this task has none.
-        """
+    def read(self, texts: Sequence[str]) -> Prompts: ...
 
     def gold(self, prompts: Prompts) -> Int[Tensor, "B L"] | None:
         """A perfect output for each prompt; None where there is no such thing."""
         return None
 
     @abc.abstractmethod
-    def read(self, texts: Sequence[str]) -> Prompts:
-        """Prompts from texts that a person typed, each checked.
-
-        Raises:
-            ValueError: a text is no valid prompt; says which and why.
-        """
-
-    @abc.abstractmethod
-    def show(self, tokens: Int[Tensor, " L"]) -> str:
+    def show(self, tokens: Int[Tensor, " L"], /) -> str:
         """One canvas as text a person can read; masks are dots."""
 
-    def check(self) -> None:
-        """Refuse what cannot work on this machine, before anything is loaded or written.
-
-        Raises:
-            ValueError: says what is missing and what to do.
-        """
-        return
+    def show_prompt(self, prompts: Given, row: int) -> str:
+        assert isinstance(prompts, Prompts)
+        return self.show(prompts.tokens[row])
 
     def validate(self, n: int = 16) -> None:
         """Score the gold outputs of each split and demand the full reward of every term.
@@ -120,3 +146,31 @@ class Task(abc.ABC):
                         f"gold outputs of split '{split}' earn {value.min().item()} in '{name}'; "
                         f"expected 1"
                     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContinuousTask(Task):
+    """A task whose samples are points or images. Subclass, add fields, implement the members."""
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Of one sample, as the network makes it."""
+
+    @property
+    def n_labels(self) -> int:
+        """Values of the input "label", for tasks that have one."""
+        return 0
+
+    @abc.abstractmethod
+    def prompts(self, split: Split, index: Int[Tensor, " B"]) -> Conditions: ...
+
+    @abc.abstractmethod
+    def clean(self, split: Split) -> Points: ...
+
+    @abc.abstractmethod
+    def read(self, texts: Sequence[str]) -> Conditions: ...
+
+    def pictures(self, outputs: State) -> State | None:
+        """Samples as images [B 1 H W] or [B 3 H W] in [0, 1] for the report; None: not images."""
+        return None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rescore.rewards.reward import Reward
 from rescore.rewards.text import FACTS, Facts, TextFunction, on_text, pack, unpack
-from rescore.tasks.task import Split, Task
+from rescore.tasks.task import Split, TokenTask
 from rescore.tasks.tokenizers import Tokenizer
 from rescore.types import Examples, Prompts
 
@@ -35,7 +35,7 @@ class Problem:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextTask(Task):
+class TextTask(TokenTask):
     """A task whose prompts and completions are text. Implement ``problems`` and ``functions``."""
 
     tokenizer: Tokenizer

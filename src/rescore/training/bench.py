@@ -13,23 +13,28 @@ import dataclasses
 import resource
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
+from jaxtyping import Float
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from rescore.models.denoiser import CountedScores, SubsScores
 from rescore.models.finetune import reference
+from rescore.models.gaussian_network import CountedOutputs
 from rescore.processes.ctmc import Process
+from rescore.sampling.gaussian_policy import GaussianPolicy
 from rescore.sampling.policy import MaskedPolicy, Policy, RatePolicy
 from rescore.training.rollout import rollout
 from rescore.training.run import Run
 from rescore.training.session import build_base
 from rescore.training.update import update
 from rescore.training.world import World, accelerator_for, build
+from rescore.types import State
 
 WARM_UP = 2
 """Steps made before measuring."""
@@ -51,7 +56,7 @@ class Row:
     """Prompts, gathering and bookkeeping."""
     bare_s: float
     rows: float
-    """Network rows (canvases through the network) per update."""
+    """Network rows (canvases or states through the network) per update."""
     batch: int
     """Samples per rollout."""
     threads: int
@@ -64,7 +69,8 @@ class Call(NamedTuple):
 
     method: Literal["predict", "log_score"]
     grad: bool
-    inputs: tuple[Tensor, ...]
+    inputs: tuple[Any, ...]
+    """The first is a row per canvas or state."""
     options: dict[str, Tensor | None]
     of_reference: bool
 
@@ -108,10 +114,28 @@ class Recorder:
         return getattr(self.network, method)(*inputs, **options)
 
 
+@dataclass
+class RecordedOutputs(CountedOutputs):
+    """``Recorder`` for networks for Gaussian noise, which policies look at under their counter."""
+
+    calls: list[Call] = field(default_factory=list)
+    of_reference: bool = False
+
+    def predict(self, x_t: State, t: Float[Tensor, " B"], inputs: Mapping[str, Tensor], /) -> State:
+        """Pass the call on, count and note it."""
+        given = (x_t.detach(), t, inputs)
+        self.calls.append(Call("predict", torch.is_grad_enabled(), given, {}, self.of_reference))
+        return super().predict(x_t, t, inputs)
+
+
 def recorded(policy: Policy, calls: list[Call], *, of_reference: bool = False) -> Policy:
     """The policy with its network, the bare one inside all wrappers, noting its calls."""
     if isinstance(policy, MaskedPolicy):
         return replace(policy, denoiser=Recorder(policy.denoiser, calls, of_reference))
+    if isinstance(policy, GaussianPolicy):
+        assert isinstance(policy.network, CountedOutputs)
+        network = RecordedOutputs(policy.network.network, 0, calls, of_reference)
+        return replace(policy, network=network)
     assert isinstance(policy, RatePolicy)
     assert isinstance(policy.network, CountedScores)
     scores = policy.network.network

@@ -14,8 +14,6 @@ import torch
 from rescore.models.miniature import write_tiny_classifier
 from rescore.sampling.decoder import Decoding
 from rescore.tasks.reward_models import Conversations
-from rescore.tasks.text import TextTask
-from rescore.tasks.tokenizers import PretrainedTokenizer
 from rescore.training.pretrained import Published
 from rescore.training.run import Run
 
@@ -28,19 +26,15 @@ def dry_run(run: Run, folder: Path) -> Run:
 
     A checkpoint of random weights in the original's layout, with a tokenizer of the original's
     class, is written into ``folder`` (unless it is there), and weights and tokenizer are read from
-    it; so are the prompts and the reward model of ``Conversations``. Two rollouts of two groups, as
-    few denoising steps as the method allows, a checkpoint after each; on the CPU if the device is
-    not there. All other settings stay.
+    it; so are the prompts and the reward model of ``Conversations``. Images are as small as the
+    miniature makes them. Two rollouts of two groups, as few denoising steps as the method allows, a
+    checkpoint after each; on the CPU if the device is not there. All other settings stay.
 
     Raises:
-        ValueError: the run does not start from a pretrained language model.
+        ValueError: the run does not start from a pretrained model.
     """
     task, base = run.task, run.base
-    if not (
-        isinstance(base, Published)
-        and isinstance(task, TextTask)
-        and isinstance(task.tokenizer, PretrainedTokenizer)
-    ):
+    if not isinstance(base, Published):
         raise ValueError(
             f"--dry-run replaces pretrained weights, but this run starts from a "
             f"{type(base).__name__}; run it as it is, it is small"
@@ -49,11 +43,10 @@ def dry_run(run: Run, folder: Path) -> Run:
     device = run.device if cuda else "cpu"
     if isinstance(task, Conversations):
         task = _small_talk(task, folder, seed=run.seed, device=device)
-    base, path = base.in_miniature(task, folder, seed=run.seed, device=device)
-    tokenizer = dataclasses.replace(task.tokenizer, path=path)
+    base, task = base.in_miniature(task, folder, seed=run.seed, device=device)
     return dataclasses.replace(
         run,
-        task=dataclasses.replace(task, tokenizer=tokenizer),
+        task=task,
         base=base,
         decoder=_few_steps(run),
         steps=3 if run.algorithm.uses_critic else 2,  # the first rollout serves a critic alone

@@ -21,19 +21,20 @@ class Export(Loading):
 
 
 def export_run(run: Run, directory: Path, options: Export) -> Path:
-    """Write the best weights of a run on a pretrained language model as a folder.
+    """Write the best weights of a run on a pretrained model as a folder.
 
-    Adapters are in peft's format: ``PeftModel.from_pretrained(network, folder)`` reads them. All
-    weights together are in the layout of the original: ``load_language_model`` and ``load_sedd``
-    read them.
+    Adapters are in peft's format: ``PeftModel.from_pretrained(network, folder)`` reads them; those
+    of a text-to-image model in diffusers': ``pipe.load_lora_weights(folder)``. All weights together
+    are in the layout of the original: ``load_language_model``, ``load_sedd`` and
+    ``load_image_network`` read them.
 
     Raises:
-        ValueError: the run is not of a pretrained language model, there is nothing of the kind to
-            write, or the folder exists.
+        ValueError: the run is not of a pretrained model, there is nothing of the kind to write, or
+            the folder exists.
     """
     if not isinstance(run.base, Published):
         raise ValueError(
-            f"{directory} did not start from a pretrained language model; its weights are the "
+            f"{directory} did not start from a pretrained model; its weights are the "
             f"safetensors in {directory / 'checkpoints'}"
         )
     if run.lora is None and not options.merged:

@@ -95,22 +95,23 @@ def train(world: World, out: Path, console: Console) -> None:
         while state.step < run.steps:
             clock, cpu = time.perf_counter(), time.process_time()
             rows = world.network_rows()
-            try:
-                scored, times = rollout(world, state.step)
-            except RewardError:
-                if saved != state.step:
-                    save()
-                raise
-            rows = world.network_rows() - rows
-            credited = run.algorithm.credit(scored)
-            gap = None if probed else probe(world, credited)
-            if gap is not None:
-                console.note(f"ratio probe: {gap:.1e} nat per step")
-                probed = True
-            run.algorithm.fit(world.models, credited)
-            update_clock = time.perf_counter()
-            rows -= world.network_rows()  # of the probe, which not every step makes
-            metrics = update(world, credited, state.step)
+            with world.at(state.step):
+                try:
+                    scored, times = rollout(world, state.step)
+                except RewardError:
+                    if saved != state.step:
+                        save()
+                    raise
+                rows = world.network_rows() - rows
+                credited = world.run.algorithm.credit(scored)
+                gap = None if probed else probe(world, credited)
+                if gap is not None:
+                    console.note(f"ratio probe: {gap:.1e} nat per step")
+                    probed = True
+                world.run.algorithm.fit(world.models, credited)
+                update_clock = time.perf_counter()
+                rows -= world.network_rows()  # of the probe, which not every step makes
+                metrics = update(world, credited, state.step)
             metrics["network_rows"] = world.over_all(rows + world.network_rows())
             state.step += 1
             state.samples += run.batch_size

@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rescore.models.denoiser import NetworkConfig
-from rescore.tasks.task import Task
+from rescore.models.denoiser import NetworkConfig, TokenConfig
+from rescore.models.gaussian_network import GaussianConfig
+from rescore.tasks.task import ContinuousTask, Task, TokenTask
 from rescore.training.base import Base
 from rescore.training.supervised import Row, Supervised, fit
 
@@ -30,10 +31,10 @@ class Pretrain(Supervised, Base):
     """Everything that defines a base model, apart from the task's data."""
 
     model: NetworkConfig
-    """Shape of the network; ``vocab_size`` and ``length`` must be the task's."""
+    """Shape of the network, which must fit the task: its vocabulary and length, or its samples."""
 
     @property
-    def uniform(self) -> bool:
+    def uniform(self) -> bool | None:
         return self.model.uniform
 
     def build(
@@ -72,7 +73,7 @@ class Pretrain(Supervised, Base):
 
 def _teller(note: Callable[[str], None]) -> Callable[[Row], None]:
     return lambda row: note(
-        f"pre-training step {row.step}: validation bound {row.validation:.3f} nats per sequence"
+        f"pre-training step {row.step}: validation bound {row.validation:.3f} nats per sample"
     )
 
 
@@ -96,21 +97,41 @@ def pretrain(
         progress: told the losses at the start, every ``validate_every`` steps and at the end.
 
     Raises:
-        ValueError: the model does not fit the task's vocabulary or length.
+        ValueError: the model does not fit the task.
         RuntimeError: a gradient is not finite.
     """
-    shape = config.model
-    if (shape.vocab_size, shape.length) != (task.vocab_size, task.length):
-        raise ValueError(
-            f"model of vocab_size {shape.vocab_size} and length {shape.length} for a task of "
-            f"vocab_size {task.vocab_size} and length {task.length}; make them equal"
-        )
+    check_fit(config.model, task)
     generator = torch.Generator().manual_seed(seed)
-    model = shape.network(generator) if start is None else copy.deepcopy(start)
+    model = config.model.network(generator) if start is None else copy.deepcopy(start)
     model.to(device)
     data, held_out = task.clean("train"), task.clean("validation")
     fit(model, data, held_out, config, generator, progress=progress)
     return model
+
+
+def check_fit(model: NetworkConfig, task: Task) -> None:
+    """Refuse a network of another shape than the task's samples.
+
+    Raises:
+        ValueError: says what to make equal.
+    """
+    if isinstance(model, TokenConfig) and isinstance(task, TokenTask):
+        if (model.vocab_size, model.length) != (task.vocab_size, task.length):
+            raise ValueError(
+                f"model of vocab_size {model.vocab_size} and length {model.length} for a task of "
+                f"vocab_size {task.vocab_size} and length {task.length}; make them equal"
+            )
+    elif isinstance(model, GaussianConfig) and isinstance(task, ContinuousTask):
+        if model.shape != task.shape:
+            raise ValueError(
+                f"model of samples of shape {model.shape} for a task of shape {task.shape}; make "
+                f"them equal"
+            )
+    else:
+        raise ValueError(
+            f"a {type(model).__name__} makes other samples than {type(task).__name__} needs: "
+            f"tokens and continuous samples do not go together"
+        )
 
 
 def cached_base(
@@ -137,6 +158,7 @@ def cached_base(
         "network": type(config.model).__name__,
         "schedule": type(config.schedule).__name__,
         "noise": str(config.noise),
+        "process": str(getattr(config.model, "schedule", None)),
         "seed": seed,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -169,7 +191,9 @@ def _key(plain: dict[str, Any], task: Task) -> str:
     for split in ("train", "validation"):
         data = task.clean(split)
         digest.update(f"{split} {tuple(data.x_0.shape)}".encode())
-        for part in (data.x_0, data.editable, data.attend):
+        parts = data.fields()
+        parts |= parts.pop("inputs", {})
+        for part in parts.values():
             digest.update(b"" if part is None else part.numpy().tobytes())
     return digest.hexdigest()[:16]
 

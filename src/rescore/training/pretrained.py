@@ -24,7 +24,7 @@ from rescore.models.language import (
 from rescore.models.language_files import save_adapter, save_merged
 from rescore.models.layouts import read_layout
 from rescore.models.miniature import Family, write_miniature
-from rescore.tasks.task import Task
+from rescore.tasks.task import Task, TokenTask
 from rescore.tasks.text import TextTask
 from rescore.tasks.tokenizers import PretrainedTokenizer
 from rescore.training.base import Base
@@ -39,21 +39,22 @@ class Published(Base):
 
     @abc.abstractmethod
     def in_miniature(
-        self, task: TextTask, folder: Path, *, seed: int, device: str
-    ) -> tuple[Published, str]:
+        self, task: Task, folder: Path, *, seed: int, device: str
+    ) -> tuple[Published, Task]:
         """The same base on random weights at tiny size, written into a folder unless it is there.
 
         Args:
-            task: has a pretrained tokenizer; the tiny one learns from its problems.
+            task: its tiny tokenizer learns from its problems.
             folder: where to; weights are in the layout of the original.
             seed: of the weights.
             device: where they will be used.
 
         Returns:
-            The base that reads them, and the path of the tiny tokenizer.
+            The base that reads them, and the task for it.
 
         Raises:
-            ValueError: the folder holds a miniature of another model.
+            ValueError: the folder holds a miniature of another model, or the task is not for this
+                kind of model.
         """
 
     @abc.abstractmethod
@@ -70,6 +71,19 @@ class Published(Base):
         Raises:
             ValueError: the folder exists, or there is no such format.
         """
+
+
+def checked_text_task(task: Task) -> tuple[TextTask, PretrainedTokenizer]:
+    """A task in text, and its pretrained tokenizer.
+
+    Raises:
+        ValueError: it is another task, or has another tokenizer.
+    """
+    if not (isinstance(task, TextTask) and isinstance(task.tokenizer, PretrainedTokenizer)):
+        raise ValueError(
+            f"a {type(task).__name__} has no pretrained tokenizer that a tiny one could stand for"
+        )
+    return task, task.tokenizer
 
 
 def words_of(task: TextTask) -> list[str]:
@@ -127,6 +141,10 @@ class Pretrained(Published):
         Raises:
             ValueError: says what is missing or does not fit, and what to do.
         """
+        if not isinstance(task, TokenTask):
+            raise ValueError(
+                f"a {type(self).__name__} makes tokens, which {type(task).__name__} does not use"
+            )
         check_installed(torch.device(device), self.quantize)
         weights = self.source(task)
         layout = read_layout(weights)
@@ -182,8 +200,9 @@ class Pretrained(Published):
         )
 
     def in_miniature(
-        self, task: TextTask, folder: Path, *, seed: int, device: str
-    ) -> tuple[Pretrained, str]:
+        self, task: Task, folder: Path, *, seed: int, device: str
+    ) -> tuple[Pretrained, TextTask]:
+        task, tokenizer = checked_text_task(task)
         if (folder / "config.json").exists():
             family = read_layout(str(folder)).family
             if family != self.miniature:
@@ -195,7 +214,9 @@ class Pretrained(Published):
             texts = words_of(task)
             write_miniature(folder, self.miniature, seed=seed, texts=texts, window=task.length)
         quantize = self.quantize if device.startswith("cuda") else None
-        return dataclasses.replace(self, weights=None, quantize=quantize), str(folder)
+        small = dataclasses.replace(self, weights=None, quantize=quantize)
+        tokenizer = dataclasses.replace(tokenizer, path=str(folder))
+        return small, dataclasses.replace(task, tokenizer=tokenizer)
 
     def export(self, module: nn.Module, folder: Path, task: Task, adapters: Lora | None) -> None:
         assert isinstance(module, LanguageModel)

@@ -21,9 +21,9 @@ from rescore.models.layouts import missing_files
 from rescore.models.miniature import write_gpt2_tokenizer
 from rescore.models.miniature_sedd import write_tiny_sedd
 from rescore.models.sedd import Sedd
-from rescore.tasks.task import Task
+from rescore.tasks.task import Task, TokenTask
 from rescore.tasks.text import TextTask
-from rescore.training.pretrained import Published, words_of
+from rescore.training.pretrained import Published, checked_text_task, words_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,10 @@ class PretrainedSedd(Published):
         Raises:
             ValueError: says what is missing or does not fit, and what to do.
         """
+        if not isinstance(task, TokenTask):
+            raise ValueError(
+                f"a {type(self).__name__} makes tokens, which {type(task).__name__} does not use"
+            )
         process, n_tokens, window = self._described()
         if process != self.process:
             raise ValueError(
@@ -79,11 +83,12 @@ class PretrainedSedd(Published):
         return load_sedd(self.weights).to(device)
 
     def in_miniature(
-        self, task: TextTask, folder: Path, *, seed: int, device: str
-    ) -> tuple[PretrainedSedd, str]:
-        small, tokenizer = dataclasses.replace(self, weights=str(folder)), folder / "tokenizer"
+        self, task: Task, folder: Path, *, seed: int, device: str
+    ) -> tuple[PretrainedSedd, TextTask]:
+        task, tokenizer = checked_text_task(task)
+        small, words = dataclasses.replace(self, weights=str(folder)), folder / "tokenizer"
         if not (folder / "config.json").exists():
-            vocab_size = write_gpt2_tokenizer(tokenizer, words_of(task))
+            vocab_size = write_gpt2_tokenizer(words, words_of(task))
             (graph,) = (name for name, process in GRAPHS.items() if process == self.process)
             write_tiny_sedd(
                 folder, vocab_size=vocab_size, length=task.length, seed=seed, graph=graph
@@ -93,7 +98,8 @@ class PretrainedSedd(Published):
                 f"{folder} holds a miniature of the other process, and this recipe wants the "
                 f"{self.process} one; delete it, or choose another --out"
             )
-        return small, str(tokenizer)
+        tokenizer = dataclasses.replace(tokenizer, path=str(words))
+        return small, dataclasses.replace(task, tokenizer=tokenizer)
 
     def export(self, module: nn.Module, folder: Path, task: Task, adapters: Lora | None) -> None:
         if adapters is not None:

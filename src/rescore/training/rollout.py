@@ -9,7 +9,7 @@ import time
 import numpy as np
 import torch
 from accelerate import Accelerator
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from rescore.rewards.reward import RewardError
@@ -17,7 +17,15 @@ from rescore.sampling.rng import SampleRng
 from rescore.training.optim import TrainingError
 from rescore.training.run import Run
 from rescore.training.world import World
-from rescore.types import Credited, MaskedTrajectory, Prompts, Scored, Selected
+from rescore.types import (
+    Actions,
+    Credited,
+    Given,
+    MaskedTrajectory,
+    Scored,
+    Selected,
+    TokenTrajectory,
+)
 
 PROBE_TOLERANCE = {
     "float32": (1e-5, 1e-5),
@@ -50,7 +58,7 @@ def permutation(n: int, key: tuple[int, ...]) -> Int[Tensor, " n"]:
     return torch.from_numpy(np.random.default_rng(key).permutation(n))
 
 
-def batch_prompts(run: Run, step: int) -> Prompts:
+def batch_prompts(run: Run, step: int) -> Given:
     """The prompts of a step, each ``group_size`` times; a pure function of (seed, step)."""
     n = run.batch_size // run.group_size
     index = prompt_index(run.seed, step, n, run.task.size("train"))
@@ -102,23 +110,21 @@ def rollout(world: World, step: int) -> tuple[Scored, dict[str, float]]:
 def score(world: World, selected: Selected) -> Scored:
     """Judge the finished samples and the selected completions; if one process fails, all do.
 
-    Outputs of a group that are equal are judged once: a completion often is the finished sample.
-    Completions in columns of weight 0 are not looked at.
+    Outputs of tokens of a group that are equal are judged once: a completion often is the finished
+    sample. Completions in columns of weight 0 are not looked at.
     """
     trajectory, reward = selected.trajectory, world.run.task.reward
     n_samples = len(trajectory.x_0)
-    outputs, sample = trajectory.x_0, torch.arange(n_samples, device=trajectory.x_0.device)
+    outputs = world.models.new.finished(trajectory.x_0)
+    sample = torch.arange(n_samples, device=outputs.device)
+    row = number = sample
     counted = selected.step_weight != 0
     if selected.completion is not None:
         of_sample, column = counted.nonzero().unbind(1)
         outputs = torch.cat([outputs, selected.completion[of_sample, column]])
         sample = torch.cat([sample, of_sample])
-    group = trajectory.prompts.group[sample, None]
-    table, number = torch.cat([group, outputs], 1).unique(dim=0, return_inverse=True)
-    row = torch.full((len(table),), len(outputs), device=number.device)
-    row = row.scatter_reduce(0, number, torch.arange(len(outputs), device=number.device), "amin")
-    order = row.argsort()  # as they came, and not as they sort
-    row, number = row[order], order.argsort()[number]
+    if isinstance(trajectory, TokenTrajectory):
+        row, number = first_of_each(torch.cat([trajectory.prompts.group[sample, None], outputs], 1))
     judged, failure = {}, None
     try:
         judged = reward.terms(outputs[row], trajectory.prompts.take(sample[row]))
@@ -140,6 +146,15 @@ def score(world: World, selected: Selected) -> Scored:
         terms=terms,
         completion_terms=completion_terms,
     )
+
+
+def first_of_each(names: Int[Tensor, "N C"]) -> tuple[Int[Tensor, " M"], Int[Tensor, " N"]]:
+    """The first row of each kind of equal rows, as they came, and the kind of every row."""
+    table, number = names.unique(dim=0, return_inverse=True)
+    row = torch.full((len(table),), len(names), device=names.device)
+    row = row.scatter_reduce(0, number, torch.arange(len(names), device=names.device), "amin")
+    order = row.argsort()
+    return row[order], order.argsort()[number]
 
 
 def gather(accelerator: Accelerator, scored: Scored) -> Scored:
@@ -169,8 +184,7 @@ def gather(accelerator: Accelerator, scored: Scored) -> Scored:
 def probe(world: World, credited: Credited) -> float | None:
     """Put actions to the loss before the first update, where every ratio must be 1.
 
-    An action that is a whole sample sums over all positions, and rounding grows with the sum: its
-    gap is divided by the number of positions written.
+    Rounding grows with the sums that a log-probability is made of, see ``summands``.
 
     Returns:
         The largest |log ratio|, nats per step; None if nothing is trained on in this batch.
@@ -189,9 +203,7 @@ def probe(world: World, credited: Credited) -> float | None:
         rng = SampleRng(run.seed, actions.trajectory.prompts.sample_id)
         with world.autocast(), torch.no_grad():
             ratio = run.algorithm.loss(world.models, actions, rng).metrics["ratio"]
-        whole = actions.step == actions.trajectory.n_steps
-        written = actions.trajectory.prompts.editable.sum(1).clamp(min=1)
-        gaps.append(ratio.log().abs() / torch.where(whole, written, 1))
+        gaps.append(ratio.log().abs() / summands(actions))
     gap = torch.cat(gaps).nan_to_num(nan=math.inf)
     mean, worst = gap.mean().item(), gap.max().item()
     tolerance = PROBE_TOLERANCE[run.precision]
@@ -205,3 +217,16 @@ def probe(world: World, credited: Credited) -> float | None:
             f"not finite"
         )
     return worst
+
+
+def summands(actions: Actions) -> Float[Tensor, " N"]:
+    """What to divide a difference of log-probabilities by, so that rounding looks alike.
+
+    The number of tokens written, where the action is a whole sample; else 1, or the square root of
+    the dimensions that a Gaussian step sums over.
+    """
+    one = torch.ones_like(actions.weight)
+    if isinstance(actions.trajectory, TokenTrajectory):
+        written = actions.trajectory.prompts.editable.sum(1).clamp(min=1)
+        return torch.where(actions.step == actions.trajectory.n_steps, written, one)
+    return one * math.sqrt(actions.trajectory.x_0[0].numel())

@@ -17,15 +17,16 @@ from torch import Tensor, nn
 
 from rescore.evaluation.film import film_strip
 from rescore.evaluation.metrics import summarise
+from rescore.evaluation.plots import sheet
 from rescore.evaluation.report import build_report
 from rescore.models.finetune import reference
 from rescore.sampling.decoder import Decoding
 from rescore.sampling.policy import Policy
 from rescore.sampling.record import Record
 from rescore.sampling.rng import SampleRng
-from rescore.tasks.task import Split
+from rescore.tasks.task import ContinuousTask, Split, TokenTask
 from rescore.training import checkpoint
-from rescore.training.checkpoint import CheckpointError, write_json
+from rescore.training.checkpoint import CheckpointError, write_atomic, write_json
 from rescore.training.directory import Origin, check_same, default_cache, describe_directory
 from rescore.training.log import Console, MetricsFile, read
 from rescore.training.loop import EVALUATION_SEED, evaluate_split, train
@@ -39,6 +40,9 @@ from rescore.training.world import (
     load_weights,
     policy_with,
 )
+
+SHEET = 32
+"""Images in a sheet of samples."""
 
 
 def start(run: Run, origin: Origin, out: Path, *, resume: bool) -> Path:
@@ -158,8 +162,7 @@ def finish(world: World, origin: Origin, out: Path, console: Console) -> None:
         write_json(out / "result.json", result)
         changed = (before[run.evaluate.by] != after[run.evaluate.by]).nonzero()
         number = int(changed[0]) if len(changed) else 0
-        if run.task.gold(run.task.prompts("test", torch.tensor([number]))) is not None:
-            write_film(world, base, best, number, out)
+        write_samples(world, base, best, number, out)
         for row in rows:
             console.note(result_line(row))
 
@@ -174,29 +177,38 @@ def load_best(world: World, directory: Path) -> None:
     load_weights(world.module, tensors)
 
 
-def write_film(world: World, base: Policy, best: Policy, number: int, out: Path) -> None:
-    """Film one test prompt before and after on the same noise: the first whose outcome changed."""
-    run = world.run
-    with world.autocast():
-        strips = [
-            film_strip(
-                policy,
-                run.task,
-                "test",
-                number,
-                seed=run.seed ^ EVALUATION_SEED,
-                label=label,
-                device=world.accelerator.device,
-            )
-            for label, policy in (("before", base), ("after", best))
-        ]
-    film = {
-        "title": f"Test prompt {number}, the first whose {run.evaluate.by} changed; {run.decoder}",
-        "puzzle": dataclasses.asdict(run.task.layout),
-        "strips": strips,
-    }
-    (out / "samples").mkdir(exist_ok=True)
-    write_json(out / "samples" / "film.json", film)
+def write_samples(world: World, base: Policy, best: Policy, number: int, out: Path) -> None:
+    """What the report shows of samples before and after, on the same noise.
+
+    Tokens: a film of the test prompt ``number``, if it has a gold output. Images: a sheet of the
+    first test prompts.
+    """
+    task, device, seed = world.run.task, world.accelerator.device, world.run.seed ^ EVALUATION_SEED
+    index = torch.tensor([number])
+    if isinstance(task, TokenTask) and task.gold(task.prompts("test", index)) is not None:
+        (out / "samples").mkdir(exist_ok=True)
+        with world.autocast():
+            strips = [
+                film_strip(policy, task, "test", number, seed=seed, label=label, device=device)
+                for label, policy in (("before", base), ("after", best))
+            ]
+        title = f"Test prompt {number}, the first whose {world.run.evaluate.by} changed"
+        film = {
+            "title": f"{title}; {world.run.decoder}",
+            "puzzle": dataclasses.asdict(task.layout),
+            "strips": strips,
+        }
+        write_json(out / "samples" / "film.json", film)
+    if isinstance(task, ContinuousTask):
+        rows = torch.arange(min(SHEET, task.size("test")), device=device)
+        prompts = task.prompts("test", rows.cpu()).to(device)
+        for label, policy in (("before", base), ("after", best)):
+            with world.autocast():
+                sampled = policy.sample(prompts, Record(), SampleRng(seed, rows)).x_0
+            images = task.pictures(policy.finished(sampled))
+            if images is not None:
+                (out / "samples").mkdir(exist_ok=True)
+                write_atomic(out / "samples" / f"{label}.png", sheet(images))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,11 +283,11 @@ def sample_run(run: Run, directory: Path, options: Sampling) -> list[str]:
     with world.autocast():
         rng = SampleRng(options.seed, prompts.sample_id)
         outputs = world.models.new.sample(prompts, Record(), rng).x_0
-    terms = task.reward.terms(outputs, prompts)
+    terms = task.reward.terms(world.models.new.finished(outputs), prompts)
     return [
         "\n".join(
             [
-                task.show(prompts.tokens[i]),
+                task.show_prompt(prompts, i),
                 ", ".join(f"{name} {value[i].item():.2f}" for name, value in terms.items()) + ":",
                 task.show(outputs[i]),
             ]

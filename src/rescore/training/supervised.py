@@ -1,9 +1,10 @@
 """Supervised training of a network on finished sequences: for bases, and for warm starts.
 
 Denoisers minimise the masked cross-entropy (MDLM, arXiv:2406.07524), score networks the denoising
-score entropy (SEDD, arXiv:2310.16834), over stratified times. Noise goes to the positions that the
-model writes, prompts stay as they are. All randomness comes from seeded
-generators; noise is drawn on the CPU in float64, whatever the device.
+score entropy (SEDD, arXiv:2310.16834), networks for Gaussian noise the squared error of their own
+output (DDPM, arXiv:2006.11239), over stratified times. Noise goes to the positions that the model
+writes, prompts stay as they are. All randomness comes from seeded generators; noise is drawn on the
+CPU in float64, whatever the device.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from rescore.models.denoiser import Denoiser, ScoreNetwork
+from rescore.models.gaussian_network import GaussianNetwork
 from rescore.objectives.denoising import masked_cross_entropy
 from rescore.objectives.score_entropy import score_entropy
+from rescore.processes.convert import convert_prediction
 from rescore.processes.masked import mask_tokens
 from rescore.processes.schedules import Linear, LogLinear, Noise, Schedule
-from rescore.types import Examples
+from rescore.types import Clean, Examples, Points, State
 
 MIN_T = 1e-3
 """Training times lie in [MIN_T, 1], as in MDLM's code: keeps the weight 1 / t finite."""
@@ -80,8 +83,8 @@ class Row:
 
 def fit(
     module: nn.Module,
-    data: Examples,
-    held_out: Examples,
+    data: Clean,
+    held_out: Clean,
     config: Supervised,
     generator: torch.Generator,
     *,
@@ -91,7 +94,7 @@ def fit(
     """Train the parameters that require gradients, in place.
 
     Args:
-        module: a ``Denoiser`` or a ``ScoreNetwork``.
+        module: a ``Denoiser``, a ``ScoreNetwork`` or a ``GaussianNetwork``.
         data: what to learn from.
         held_out: for the validation loss.
         config: how.
@@ -102,12 +105,14 @@ def fit(
     Raises:
         RuntimeError: a gradient is not finite.
     """
-    assert isinstance(module, Denoiser | ScoreNetwork)
+    assert isinstance(module, Denoiser | ScoreNetwork | GaussianNetwork)
     parameters = [p for p in module.parameters() if p.requires_grad]
     device = parameters[0].device
     optimizer = torch.optim.AdamW(parameters, weight_decay=config.weight_decay)
-    n_editable = data.editable.sum(1).double().mean().item()
-    shape = (config.batch, data.x_0.shape[1])
+    n_written = float(data.x_0[0].numel())
+    if isinstance(data, Examples):
+        n_written = data.editable.sum(1).double().mean().item()
+    shape = (config.batch, *data.x_0.shape[1:])
 
     def report(step: int, train: float | None) -> None:
         validation = validation_bound(module, held_out, config, device, micro_batch)
@@ -123,7 +128,7 @@ def fit(
         for part in torch.arange(config.batch).split(micro_batch or config.batch):
             loss = bound(module, data.take(row[part]), t[part], u[part], config, device)
             loss = loss.sum() / config.batch
-            (loss / n_editable).backward()
+            (loss / n_written).backward()
             total = total + loss.detach()
         nn.utils.clip_grad_norm_(parameters, config.clip, error_if_nonfinite=True)
         for group in optimizer.param_groups:
@@ -136,23 +141,47 @@ def fit(
 
 
 def bound(
-    model: Denoiser | ScoreNetwork,
-    examples: Examples,
+    model: Denoiser | ScoreNetwork | GaussianNetwork,
+    examples: Clean,
     t: Float[Tensor, " B"],
-    u: Float[Tensor, "B L"],
+    u: State,
     config: Supervised,
     device: torch.device | str = "cpu",
 ) -> Float[Tensor, " B"]:
     """One-sample estimate of the bound on -log p(x_0), nats; examples and noise on the CPU.
 
-    ``device`` is the model's. That of a score network leaves out the divergence at full noise.
+    ``device`` is the model's. That of a score network leaves out the divergence at full noise; that
+    of a network for Gaussian noise is half the squared error of its output, all times alike, which
+    weights the terms of the bound otherwise ("simple" loss).
     """
+    if isinstance(model, GaussianNetwork):
+        assert isinstance(examples, Points)
+        return _squared_error(model, examples, t, u, device)
+    assert isinstance(examples, Examples)
     if isinstance(model, ScoreNetwork):
         return _score_entropy(model, examples, t, u, config.noise, device)
     schedule = config.schedule
     x_t = mask_tokens(examples.x_0, examples.editable, schedule.alpha(t), u, model.mask_id)
     weight = schedule.weight(t).float()
     return _cross_entropy(model, examples, x_t == model.mask_id, weight, device)
+
+
+def _squared_error(
+    model: GaussianNetwork,
+    points: Points,
+    t: Float[Tensor, " B"],
+    u: State,
+    device: torch.device | str,
+) -> Float[Tensor, " B"]:
+    """Half the squared error at x_t = alpha_t x_0 + sigma_t eps, eps from the uniforms ``u``."""
+    alpha, sigma = model.schedule.alpha(t), model.schedule.sigma(t)
+    per_sample = (-1, *(1,) * (u.ndim - 1))
+    eps = torch.special.ndtri(u)
+    x_t = alpha.view(per_sample) * points.x_0 + sigma.view(per_sample) * eps
+    target = convert_prediction(eps, x_t, alpha, sigma, source="eps", target=model.prediction)
+    points, x_t, target = points.to(device), x_t.float().to(device), target.float().to(device)
+    error = model.predict(x_t, t.float().to(device), points.inputs).float() - target
+    return error.square().flatten(1).sum(1) / 2
 
 
 def _score_entropy(
@@ -209,8 +238,8 @@ def rate(step: int, config: Supervised) -> float:
 
 @torch.no_grad()
 def validation_bound(
-    model: Denoiser | ScoreNetwork,
-    examples: Examples,
+    model: Denoiser | ScoreNetwork | GaussianNetwork,
+    examples: Clean,
     config: Supervised,
     device: torch.device | str = "cpu",
     micro_batch: int | None = None,
@@ -224,14 +253,16 @@ def validation_bound(
     """
     rows, shape = config.validation_rows, examples.x_0.shape
     row = torch.arange(rows)
-    noise = torch.rand(rows, shape[1], generator=torch.Generator().manual_seed(0))
+    noise = torch.rand((rows, *shape[1:]), generator=torch.Generator().manual_seed(0))
     total = 0.0
     for part in row.split(micro_batch or config.batch):
         some = examples.take(part % shape[0])
-        if isinstance(model, ScoreNetwork):
+        if isinstance(model, ScoreNetwork | GaussianNetwork):
             t = MIN_T + (1 - MIN_T) * (part.double() + 0.5) / rows
-            total += bound(model, some, t, noise[part], config, device).double().sum().item()
+            u = noise[part].double().clamp(1e-7, 1 - 1e-7)  # 0 is drawn once in 2^24
+            total += bound(model, some, t, u, config, device).double().sum().item()
             continue
+        assert isinstance(some, Examples)
         n_editable = some.editable.sum(1)
         n_masked = 1 + part * n_editable // rows
         u = torch.where(some.editable, noise[part], 2.0)

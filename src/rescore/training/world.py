@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from rescore.models.critics import critic_for
 from rescore.models.denoiser import Denoiser, ScoreNetwork
 from rescore.models.finetune import Ema, add_lora, reference, trainable_state
+from rescore.models.gaussian_network import GaussianNetwork
 from rescore.models.inputs import check_scores
-from rescore.sampling.policy import Models, Policy, policy_of
+from rescore.sampling.decoder import Decoding, GaussianDecoder
+from rescore.sampling.gaussian_policy import GaussianPolicy
+from rescore.sampling.policy import Models, Network, Policy, policy_of
+from rescore.tasks.task import TokenTask
 from rescore.training import checkpoint
 from rescore.training.checkpoint import Checkpoint
 from rescore.training.optim import UpdateCounts, Updater
@@ -60,6 +63,21 @@ class World:
         """A context in which the module holds the averaged weights, if the run averages."""
         return nullcontext() if self.updater.ema is None else self.updater.ema.swap()
 
+    @contextmanager
+    def at(self, step: int) -> Iterator[None]:
+        """Inside the block algorithm and decoder are as their schedules have them at this step."""
+        run, models, progress = self.run, self.models, step / max(1, self.run.steps - 1)
+        algorithm, decoder = run.algorithm.at(progress), run.decoder.at(progress)
+        self.run = dataclasses.replace(run, algorithm=algorithm, decoder=decoder)
+        if decoder != run.decoder:
+            new, ref = (with_decoder(policy, decoder) for policy in (models.new, models.ref))
+            assert new is not None
+            self.models = dataclasses.replace(models, new=new, ref=ref)
+        try:
+            yield
+        finally:
+            self.run, self.models = run, models
+
     def anywhere(self, flag: bool) -> bool:
         """Whether the flag is up on any process, so that all of them do the same next."""
         return self.over_all(int(flag)) > 0
@@ -87,19 +105,20 @@ def accelerator_for(run: Run) -> Accelerator:
     return Accelerator(cpu=device.type == "cpu")
 
 
-def as_network(module: nn.Module, run: Run) -> Denoiser | ScoreNetwork:
+def as_network(module: nn.Module, run: Run) -> Network:
     """The module in the run's precision and in evaluation mode, in place.
 
     Evaluation mode throughout: dropout would make old and new log-probabilities disagree. Under
     ``bfloat16`` frozen weights may be narrow; what trains may not.
 
     Raises:
-        ValueError: the module is neither a ``Denoiser`` nor a ``ScoreNetwork``.
+        ValueError: the module is no ``Denoiser``, ``ScoreNetwork`` or ``GaussianNetwork``.
     """
-    if not isinstance(module, Denoiser | ScoreNetwork):
+    if not isinstance(module, Denoiser | ScoreNetwork | GaussianNetwork):
         raise ValueError(
             f"the base built a {type(module).__name__}, which is no Denoiser (vocab_size, mask_id "
-            f"and predict()) and no ScoreNetwork (process and log_score())"
+            f"and predict()), no ScoreNetwork (process and log_score()) and no GaussianNetwork "
+            f"(schedule, prediction, shape and predict())"
         )
     if run.precision != "bfloat16":
         module.to(getattr(torch, run.precision))
@@ -109,7 +128,15 @@ def as_network(module: nn.Module, run: Run) -> Denoiser | ScoreNetwork:
     return module
 
 
-def policy_with(network: Denoiser | ScoreNetwork, run: Run) -> Policy:
+def with_decoder(policy: Policy | None, decoder: Decoding) -> Policy | None:
+    """The same network under another decoder of its kind."""
+    if policy is None:
+        return None
+    assert isinstance(policy, GaussianPolicy) and isinstance(decoder, GaussianDecoder)
+    return dataclasses.replace(policy, decoder=decoder)
+
+
+def policy_with(network: Network, run: Run) -> Policy:
     """The policy of a network under the decoder of a run."""
     return policy_of(network, run.decoder, run.forward_rows)
 
@@ -117,8 +144,8 @@ def policy_with(network: Denoiser | ScoreNetwork, run: Run) -> Policy:
 def build(run: Run, module: nn.Module, accelerator: Accelerator) -> World:
     """Policies and optimiser around a base network."""
     network = as_network(module.to(accelerator.device), run)
-    prompts = run.task.prompts("train", torch.zeros(1, dtype=torch.long))
-    if isinstance(network, ScoreNetwork):
+    if isinstance(network, ScoreNetwork) and isinstance(run.task, TokenTask):
+        prompts = run.task.prompts("train", torch.zeros(1, dtype=torch.long))
         check_scores(network, prompts.tokens.to(accelerator.device), run.task.mask_id)
     if run.lora is not None:
         generator = torch.Generator().manual_seed(run.seed)
@@ -133,10 +160,8 @@ def build(run: Run, module: nn.Module, accelerator: Accelerator) -> World:
             f"small updates; train adapters (lora), or load the base in float32"
         )
     ema = Ema(module, decay=run.ema) if run.ema else None
-    critic = None
-    if run.algorithm.uses_critic:
-        n_tokens = max(run.task.vocab_size, run.task.mask_id + 1)
-        critic = critic_for(prompts, n_tokens, run.seed)
+    critic = run.algorithm.critic(run.task, run.seed) if run.algorithm.uses_critic else None
+    if critic is not None:
         critic.to(accelerator.device)
     models = Models(new=policy_with(network, run), ref=ref, critic=critic)
     run.algorithm.check_models(models)

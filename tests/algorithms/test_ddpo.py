@@ -1,0 +1,260 @@
+"""DDPO: the clipped surrogate of steps, all or some; statistics of groups or of the batch."""
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from gaussians import (
+    SOLVERS,
+    GaussianBase,
+    GaussianTask,
+    gaussian_path,
+    gaussian_rollout,
+    gaussian_run,
+    gradient,
+    losses_by_hand,
+    move,
+    resumed,
+)
+from rescore.algorithms.ddpo import Ddpo
+from rescore.algorithms.reinforce import Reinforce
+from rescore.models.unet import UNet, UNetConfig
+from rescore.sampling.decoder import Decoder, GaussianDecoder
+from rescore.sampling.policy import policy_of
+from rescore.sampling.rng import SampleRng
+from rescore.training.optim import Optim
+from rescore.training.rollout import probe
+from rescore.types import Conditions, Credited, Scored
+from tiny import assert_same_run
+
+TERMS = ("level",)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_gradient_is_that_of_the_laws_of_the_steps(solver, beta):
+    """Away from the old parameters: steps one by one, by torch.distributions and autograd."""
+    algorithm = Ddpo(clip=0.05, beta=beta)
+    world, scored = gaussian_rollout(gaussian_run(algorithm=algorithm, **SOLVERS[solver]))
+    credited = algorithm.credit(scored)
+    move(world, 0.1)
+    path = gaussian_path(scored.trajectory)
+    by_hand = losses_by_hand(world, path, credited.advantage, clip=0.05, beta=beta)
+    expected = torch.autograd.grad(by_hand.sum() / 16, list(world.module.parameters()))
+    for a, b in zip(gradient(world, credited), expected, strict=True):
+        torch.testing.assert_close(a, b)
+        assert float(a.abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_first_update_is_that_of_reinforce(solver):
+    """Every ratio is 1; the gradient is the score function's with the same advantages."""
+    algorithm = Ddpo()
+    world, scored = gaussian_rollout(gaussian_run(algorithm=algorithm, **SOLVERS[solver]))
+    credited = algorithm.credit(scored)
+    gap = probe(world, credited)
+    assert gap is not None and gap < 1e-12
+    found = gradient(world, credited)
+    world.run = replace(world.run, algorithm=Reinforce())
+    for a, b in zip(found, gradient(world, credited), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("log_ratio", "advantage", "loss", "trains"),
+    [
+        (0.29, 1.0, -math.exp(0.29), True),
+        (0.31, 1.0, -math.exp(0.30), False),  # more of it would gain nothing
+        (0.31, -1.0, math.exp(0.31), True),  # but what is bad may be undone from anywhere
+        (-0.31, 1.0, -math.exp(-0.31), True),
+        (-0.31, -1.0, math.exp(-0.30), False),
+        (-0.29, -1.0, math.exp(-0.29), True),
+    ],
+)
+def test_the_clip_is_of_the_summed_log_ratio(log_ratio, advantage, loss, trains):
+    """clip = 0.3 nats of a step, whatever the number of dimensions."""
+    algorithm = Ddpo(clip=0.3)
+    run = gaussian_run(algorithm=algorithm, task=GaussianTask(dims=7))
+    world, scored = gaussian_rollout(run)
+    old = replace(scored.trajectory, log_prob=scored.trajectory.log_prob - log_ratio)
+    step = torch.full_like(scored.step, 2)
+    one = torch.full(step.shape, advantage, dtype=torch.float64)
+    fields = {**scored.fields(), "trajectory": old, "step": step}
+    credited = Credited(**fields, advantage=one, weight=torch.ones_like(one))
+    actions = credited.actions(torch.tensor([[3, 0]]))
+    terms = algorithm.loss(world.models, actions, SampleRng(0, torch.arange(1)))
+    torch.testing.assert_close(terms.loss.detach(), torch.tensor([loss], dtype=torch.float64))
+    grad = torch.autograd.grad(terms.loss.sum(), list(world.module.parameters()))
+    assert any(bool(g.any()) for g in grad) is trains
+    assert bool(terms.metrics["clip_fraction"]) is (abs(log_ratio) > 0.3)
+
+
+REWARD = torch.tensor([1.0, 3.0, 2.0, 2.0, 0.0, 40.0], dtype=torch.float64)
+"""Of three groups of two; the second has no variance."""
+STD = math.sqrt(((REWARD - 8) ** 2).sum() / 5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "advantage"),
+    [
+        ({}, [-math.sqrt(0.5), math.sqrt(0.5), 0.0, 0.0, -math.sqrt(0.5), math.sqrt(0.5)]),
+        ({"advantage_clip": 0.5}, [-0.5, 0.5, 0.0, 0.0, -0.5, 0.5]),
+        ({"statistics": "batch"}, [(r - 8) / STD for r in REWARD.tolist()]),
+        (
+            {"statistics": "batch", "advantage_clip": 0.4},
+            [-0.4, (3 - 8) / STD, (2 - 8) / STD, (2 - 8) / STD, -0.4, 0.4],
+        ),
+    ],
+)
+def test_credit_by_hand(changes, advantage):
+    """The same at every step; weight 1 / B where there is noise and something to learn."""
+    algorithm = Ddpo(**changes)
+    run = gaussian_run(algorithm=algorithm, batch_size=6, group_size=2)
+    _, scored = gaussian_rollout(run)
+    credited = algorithm.credit(replace(scored, reward=REWARD))
+    expected = torch.tensor(advantage, dtype=torch.float64)[:, None].expand(6, 5)
+    torch.testing.assert_close(credited.advantage, expected)
+    trained = (torch.arange(5) < 4) & (expected != 0)
+    assert torch.equal(credited.weight, trained.double() / 6)
+
+
+def test_equal_rewards_leave_the_kl():
+    """Groups that agree teach nothing, but are held to the reference."""
+    run = gaussian_run(algorithm=Ddpo(beta=0.1), batch_size=6, group_size=2)
+    _, scored = gaussian_rollout(run)
+    scored = replace(scored, reward=torch.ones_like(REWARD))
+    assert len(Ddpo(beta=0.1).credit(scored).pairs()) == 6 * 4
+    assert len(Ddpo().credit(scored).pairs()) == 0
+
+
+@dataclass(frozen=True)
+class Ordering(SampleRng):
+    """Puts the same steps first for every sample."""
+
+    first: tuple[int, ...]
+
+    def ordered(self, log_weight: Tensor, n: int, step: int, where: Tensor) -> Tensor:
+        rest = [k for k in range(log_weight.shape[1]) if k not in self.first]
+        return torch.tensor([*self.first, *rest])[:n].expand(len(log_weight), n)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_some_of_the_steps_stand_for_all_of_them(n):
+    """Averaged over every set of n of the four steps with noise: the gradient of all four."""
+    algorithm = Ddpo(beta=0.2)
+    run = gaussian_run(algorithm=algorithm)
+    world, scored = gaussian_rollout(run)
+    move(world, 0.05)
+    whole = gradient(world, algorithm.credit(scored))
+    some = replace(algorithm, n_steps=n)
+    sets = list(itertools.combinations(range(4), n))
+    mean = [torch.zeros_like(g) for g in whole]
+    for first in sets:
+        drawn = some.annotate(world.models, scored, Ordering(0, torch.arange(16), first))
+        found = gradient(world, some.credit(drawn))
+        mean = [m + g / len(sets) for m, g in zip(mean, found, strict=True)]
+    for a, b in zip(mean, whole, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("n", "weight"), [(1, 4.0), (3, 4 / 3), (5, 1.0)])
+def test_steps_without_noise_are_never_drawn(n, weight):
+    """Distinct ones of the first four, weighted T / n; all four where more are asked for."""
+    _, scored = gaussian_rollout(gaussian_run(algorithm=Ddpo(n_steps=n), batch_size=64))
+    drawn = scored.step_weight > 0
+    assert drawn.sum(1).tolist() == [min(n, 4)] * 64
+    torch.testing.assert_close(
+        scored.step_weight[drawn], torch.full((64 * min(n, 4),), weight, dtype=torch.float64)
+    )
+    chosen = [row[kept].tolist() for row, kept in zip(scored.step, drawn, strict=True)]
+    assert all(len(set(steps)) == len(steps) and max(steps) < 4 for steps in chosen)
+    assert {step for steps in chosen for step in steps} == {0, 1, 2, 3}
+
+
+def test_a_sample_draws_its_own_steps():
+    """The same ones whatever else is in the batch."""
+    algorithm = Ddpo(n_steps=2)
+    world, scored = gaussian_rollout(gaussian_run(algorithm=algorithm))
+    rows = torch.tensor([7, 2])
+    whole = Ddpo().select(world.models, scored.trajectory.take(rows))
+    reward = scored.reward[rows]
+    few = Scored(**whole.fields(), reward=reward, terms={"level": reward})
+    again = algorithm.annotate(world.models, few, SampleRng(world.run.seed, rows))
+    assert torch.equal(again.step, scored.step[rows])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 5e-5)])
+def test_all_steps_in_one_forward_are_the_steps_one_by_one(dtype, tolerance):
+    """A UNet's gradient, largest difference over largest entry."""
+    config = UNetConfig(size=8, widths=(8, 16), n_labels=3)
+    network = UNet(config, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.no_grad():  # the head starts at 0
+        network.out.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+    algorithm = Ddpo(clip=0.05)
+    world, _ = gaussian_rollout(gaussian_run(algorithm=algorithm))
+    policy = policy_of(network, GaussianDecoder(steps=6), 64)
+    row = torch.arange(4)
+    prompts = Conditions(
+        group=row // 2, sample_id=row, info={}, inputs={"label": torch.tensor([0, 1, 2, 0])}
+    )
+    path = policy.sample(prompts, algorithm.record, SampleRng(0, row))
+    world.models, world.module = replace(world.models, new=policy), network
+    reward = torch.tensor([1.0, 0.0, 0.5, 2.0], dtype=dtype)
+    selected = algorithm.select(world.models, path)
+    credited = algorithm.credit(Scored(**selected.fields(), reward=reward, terms={"r": reward}))
+    with torch.no_grad():
+        network.out.weight *= 1.1
+    pairs = credited.pairs()
+    together = gradient(world, credited, pairs)
+    one_by_one = [torch.zeros_like(g) for g in together]
+    for k in range(5):
+        found = gradient(world, credited, pairs[pairs[:, 1] == k])
+        one_by_one = [a + g for a, g in zip(one_by_one, found, strict=True)]
+    largest = max(float(g.abs().max()) for g in together)
+    apart = max(float((a - b).abs().max()) for a, b in zip(together, one_by_one, strict=True))
+    assert largest > 0
+    assert apart < tolerance * largest
+
+
+def test_a_run_resumes_bitwise(tmp_path):
+    """Two updates per rollout on drawn steps, held to the reference, in float32."""
+    run = gaussian_run(
+        algorithm=Ddpo(beta=0.1, n_steps=2),
+        optim=Optim(lr=0.02, epochs=2, mini_batches=2, micro_batch=7),
+        steps=2,
+        precision="float32",
+        base=GaussianBase(theta=(0.1, -0.1)),
+        task=GaussianTask(labels=3),
+    )
+    assert_same_run(*resumed(run, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "decoder", "group_size", "message"),
+    [
+        (Ddpo(), GaussianDecoder(steps=5, solver="ddim_ode"), 4, "ddim_ode draws no noise"),
+        (Ddpo(), GaussianDecoder(steps=5, solver="heun"), 4, "heun draws no noise"),
+        (Ddpo(), Decoder(steps=4), 4, "ddpo is for continuous samples, but a Decoder"),
+        (Ddpo(beta=-0.1), GaussianDecoder(steps=5), 4, "beta=-0.1 must be 0 or more"),
+        (Ddpo(beta=math.inf), GaussianDecoder(steps=5), 4, "beta=inf"),
+        (Ddpo(clip=0.0), GaussianDecoder(steps=5), 4, "clip=0.0 nats"),
+        (Ddpo(clip=21.0), GaussianDecoder(steps=5), 4, "at most 20"),
+        (Ddpo(advantage_clip=0.0), GaussianDecoder(steps=5), 4, "advantage_clip=0.0"),
+        (Ddpo(n_steps=0), GaussianDecoder(steps=5), 4, "n_steps=0 of a path of 5 steps"),
+        (Ddpo(n_steps=6), GaussianDecoder(steps=5), 4, "n_steps=6 of a path of 5 steps"),
+        (Ddpo(), GaussianDecoder(steps=5), 1, "group_size=1"),
+    ],
+)
+def test_refusals(algorithm, decoder, group_size, message):
+    with pytest.raises(ValueError, match=message):
+        algorithm.check(decoder, group_size, TERMS)
+
+
+def test_what_works_is_not_refused():
+    """A group of one with the statistics of the batch, no clip of advantages, all of the steps."""
+    Ddpo(statistics="batch", advantage_clip=math.inf).check(GaussianDecoder(steps=5), 1, TERMS)
+    Ddpo(n_steps=5, clip=20.0).check(GaussianDecoder(steps=5), 2, TERMS)

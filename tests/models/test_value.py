@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from rescore.models.value import (
+    Design,
+    ValueConv,
+    ValueCritic,
+    ValueMlp,
+    coefficients,
+    time_features,
+    value_critic_for,
+)
+
+DESIGNS: tuple[Design, ...] = ("cos_sin", "linear", "constant", "plain")
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def first(outputs, given):
+    return outputs.flatten(1)[:, 0]
+
+
+def critic(design: Design = "plain", shape=(2,), inputs=None, n_labels=0):
+    reward = None if design == "plain" else first
+    inputs = {} if inputs is None else inputs
+    return value_critic_for(shape, inputs, n_labels=n_labels, design=design, reward=reward, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("design", "middle"),
+    [
+        ("cos_sin", (math.sqrt(0.5), math.sqrt(0.5))),
+        ("linear", (0.5, 0.5)),
+        ("constant", (1.0, 1 - math.sqrt(0.5))),
+        ("plain", (0.0, 1.0)),
+    ],
+)
+def test_coefficients_by_hand(design, middle):
+    skip, out = coefficients(design, torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64))
+    assert (skip[1].item(), out[1].item()) == pytest.approx(middle, abs=1e-12)
+    if design != "plain":
+        assert (skip[0].item(), out[0].item()) == (1.0, 0.0)
+    if design in ("cos_sin", "linear", "plain"):
+        assert (skip[2].item(), out[2].item()) == pytest.approx((0.0, 1.0), abs=1e-12)
+
+
+@pytest.mark.parametrize("design", DESIGNS[:3])
+def test_the_data_end_is_exact_whatever_was_learned(design):
+    value, x = critic(design), torch.randn(5, 2, generator=generator())
+    skip = torch.randn(5, generator=generator(1))
+    value.fit(x, torch.rand(5, generator=generator(2)), {}, skip, torch.full((5,), 9.0), **HOW)
+    assert torch.equal(value.value(x, torch.zeros(5), {}, skip), skip)
+    assert not torch.allclose(value.value(x, torch.full((5,), 0.5), {}, skip), skip)
+
+
+HOW = {"lr": 0.01, "epochs": 3, "batch": 2, "generator": torch.Generator().manual_seed(0)}
+
+
+@pytest.mark.parametrize("shape", [(2,), (1, 8, 8), (2, 12, 12)])
+def test_it_learns_a_function_of_state_time_and_label(shape):
+    """After a fit the share of variance explained, told by the next fit, is above 0.9."""
+    rows = 150
+    x = torch.randn(rows, *shape, generator=generator())
+    t = torch.rand(rows, generator=generator(1))
+    label = torch.randint(3, (rows,), generator=generator(2))
+    inputs = {"label": label, "text": torch.randn(rows, 4, 5, generator=generator(4))}
+    mean = x.flatten(1).mean(1) * math.sqrt(x[0].numel())
+    target = 100 + 7 * (mean + t + label + inputs["text"].mean((1, 2)) * 3)
+    value = critic(shape=shape, inputs=inputs, n_labels=3)
+    how = {"lr": 1e-2, "epochs": 25, "batch": 30, "generator": generator(5)}
+    before = value.fit(x, t, inputs, None, target, **how)
+    after = value.fit(x, t, inputs, None, target, **{**how, "epochs": 1})
+    assert before < 0.9 < after
+    assert int(value.fitted) == 2
+
+
+def test_the_same_seed_and_batches_give_the_same_critic_and_it_restores():
+    def fitted():
+        value = critic("linear")
+        x, t = torch.randn(9, 2, generator=generator()), torch.rand(9, generator=generator(1))
+        target, skip = x.sum(1), x[:, 0]
+        value.fit(x, t, {}, skip, target, lr=1e-2, epochs=2, batch=4, generator=generator(2))
+        return value, (x, t, {}, skip, target)
+
+    one, data = fitted()
+    two, _ = fitted()
+    other = critic("linear")
+    other.restore({name: tensor.clone() for name, tensor in two.saved().items()})
+    how = {"lr": 1e-2, "epochs": 2, "batch": 4}
+    for value in (one, other):
+        value.fit(*data, **how, generator=generator(3))
+    assert torch.equal(one.value(*data[:4]), other.value(*data[:4]))
+    assert int(other.fitted) == 2
+
+
+def test_values_are_float32_also_where_states_are_not_and_under_autocast():
+    value, x = critic(), torch.randn(3, 2, generator=generator(), dtype=torch.float64)
+    t = torch.full((3,), 0.3, dtype=torch.float64)
+    plain = value.value(x, t, {}, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(value.value(x, t, {}, None), plain)
+    assert plain.dtype == torch.float32
+
+
+def test_the_gradient_reaches_the_state_through_both_parts():
+    value, x = critic("linear"), torch.randn(4, 2, generator=generator()).requires_grad_()
+    t = torch.full((4,), 0.5)
+    (slope,) = torch.autograd.grad(value.value(x, t, {}, first(x, None)).sum(), x)
+    (learned,) = torch.autograd.grad(value.value(x, t, {}, torch.zeros(4)).sum(), x)
+    torch.testing.assert_close(slope - learned, torch.tensor([[0.5, 0.0]]).expand(4, -1))
+
+
+def test_a_reward_goes_with_every_design_but_plain():
+    body = ValueMlp(2, {}, n_labels=0, generator=generator())
+    with pytest.raises(ValueError, match="'plain' was given a reward"):
+        ValueCritic(body, "plain", first)
+    with pytest.raises(ValueError, match="'linear' was given no reward"):
+        ValueCritic(body, "linear")
+
+
+def test_convolutions_serve_images_and_perceptrons_the_rest():
+    assert isinstance(critic(shape=(1, 8, 8)).body, ValueConv)
+    assert isinstance(critic(shape=(3,)).body, ValueMlp)
+
+
+def test_time_features_tell_times_apart():
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    features = time_features(t)
+    assert features.shape == (101, 9)
+    assert torch.cdist(features, features).fill_diagonal_(1).min() > 0.01
