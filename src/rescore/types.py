@@ -216,15 +216,15 @@ class GaussianTrajectory(Trajectory):
 
     def around(self, sample: Int[Tensor, " N"], step: Int[Tensor, " N"]) -> GaussianTrajectory:
         """The states before ``step``, before the one before it, and after it; no outputs."""
-        n_states = min(3, self.path.shape[1])
-        first = (step - 1).clamp(min=0, max=self.path.shape[1] - n_states)
+        n_states, start = min(3, self.path.shape[1]), self.first[sample]
+        first = (step - 1 - start).clamp(min=0, max=self.path.shape[1] - n_states)
         columns = first[:, None] + torch.arange(n_states, device=step.device)
         return GaussianTrajectory(
             prompts=self.prompts.take(sample),
             x_0=self.x_0[sample],
             log_prob=self.log_prob[sample],
             path=self.path[sample[:, None], columns],
-            first=first,
+            first=start + first,
             random=self.random[sample],
         )
 

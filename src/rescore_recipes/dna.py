@@ -55,7 +55,7 @@ def dna_sepo() -> Run:
     return replace(
         run,
         algorithm=Sepo(baseline="leave_one_out", normalise_std=False, beta=0.01),
-        optim=replace(run.optim, epochs=2),
+        optim=replace(run.optim, epochs=2, micro_batch=16),  # 8 network rows each
     )
 
 

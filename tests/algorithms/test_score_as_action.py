@@ -17,10 +17,11 @@ from gaussians import (
 from rescore.algorithms.score_as_action import ScoreAsAction
 from rescore.models.value import ValueCritic
 from rescore.processes.gaussian import AffineStep, RectifiedFlow, continuous_kl
+from rescore.rewards.reward import RewardError
 from rescore.sampling.decoder import Decoder, GaussianDecoder
 from rescore.sampling.record import Score
 from rescore.sampling.rng import SampleRng
-from rescore.training.optim import Optim
+from rescore.training.optim import Optim, TrainingError
 from rescore.training.rollout import probe, rollout
 from rescore.training.session import start
 from rescore.training.update import update
@@ -179,6 +180,16 @@ def test_whitening_divides_the_kl_too():
     bare = gradient(world, replace(plain, advantage=torch.zeros_like(a)))
     for one, other in zip(scaled, bare, strict=True):
         torch.testing.assert_close(one * std, other)
+
+
+def test_where_no_advantage_varies_the_kl_keeps_its_weight():
+    world = world_of(whitening="per_step")
+    scored, _ = scored_and_credited(world)
+    advantage = scored.notes["advantage"].clone()
+    advantage[:, 2] = 7.0
+    flat = replace(scored, notes={**scored.notes, "advantage": advantage})
+    credited = world.run.algorithm.credit(flat)
+    assert (credited.notes["scale"][:, 2] == 1).all() and (credited.advantage[:, 2] == 0).all()
 
 
 def test_steps_without_noise_are_neither_trained_nor_whitened():
@@ -422,6 +433,11 @@ def test_a_run_resumes_to_the_same_bits(tmp_path):
             {"form": "score_gradient", "kl": "continuous"},
             "a state in between; use weighting='continuous'",
         ),
+        (
+            EULER,
+            {"form": "score_gradient", "weighting": "continuous"},
+            "no KL of steps; use kl='continuous'",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(decoder, changes, message):
@@ -473,3 +489,39 @@ def test_beta_and_eta_follow_their_schedules_in_rollouts_only():
 def test_eta_must_not_end_without_noise(eta_end):
     with pytest.raises(ValueError, match="eta_end"):
         replace(EULER, eta_end=eta_end)
+
+
+@pytest.mark.parametrize("changes", [{}, {"form": "score_gradient", "weighting": "continuous"}])
+def test_a_window_goes_with_steps_only(changes):
+    algorithm = saa(**{"kl": "continuous", **changes})
+    with pytest.raises(ValueError, match="outside the window"):
+        algorithm.check(GaussianDecoder(steps=5, window=(1, 3)), 4, ("reward",))
+
+
+def test_a_run_with_a_schedule_keeps_its_length(tmp_path):
+    from rescore.training.directory import Origin
+
+    run = gaussian_run(algorithm=saa(beta_end=0.0), decoder=EULER, steps=2, save_every=2)
+    start(run, Origin(recipe="here", arguments=()), tmp_path / "run", resume=False)
+    longer = replace(run, steps=4)
+    with pytest.raises(ValueError, match="steps: 2 in the run, 4 now"):
+        start(longer, Origin(recipe="here", arguments=()), tmp_path / "run", resume=True)
+
+
+def test_samples_that_are_not_finite_stop_the_run_before_the_reward_is_blamed():
+    world = world_of()
+    with torch.no_grad():
+        next(iter(world.module.parameters())).fill_(torch.nan)
+    with pytest.raises(TrainingError, match="samples that are not finite"):
+        rollout(world, 3)
+
+
+def test_a_reward_that_fails_on_the_way_is_a_reward_error():
+    def picky(x, given):
+        if len(x) != 64:  # states on the way come in other numbers
+            raise OSError("no")
+        return x.mean(1)
+
+    world = world_of(task=GaussianTask(functions={"picky": picky}))
+    with pytest.raises(RewardError, match="picky"):
+        rollout(world, 0)

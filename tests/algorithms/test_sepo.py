@@ -365,13 +365,26 @@ def test_a_table_too_large_to_keep_changes_nothing(monkeypatch):
     assert torch.equal(kept.loss, anew.loss)
 
 
-def test_what_the_reference_excludes_has_a_finite_kl():
+class Excluding(RatePolicy):
+    """Never moves to state 0."""
+
+    def transition(self, trajectory, step, score):
+        seen = super().transition(trajectory, step, score)
+        law = seen.log_p.clone()
+        law[..., 0] = -torch.inf
+        return replace(seen, law=lambda: law)
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 2**20])
+def test_what_the_reference_excludes_has_a_finite_kl(monkeypatch, kept_bytes):
     """A clipped step gives probability 0 to what the policy does: counted as 1e-6, no NaN."""
     algorithm = Sepo(beta=1.0, kl_steps=4)
+    monkeypatch.setattr(sepo, "KEPT_BYTES", kept_bytes)
     models, scored = scored_by(algorithm, MASKED)
-    laws = scored.notes["log_p_ref"].clone()
-    laws[..., 0] = -torch.inf
-    actions = actions_of(algorithm, replace(scored, notes={**scored.notes, "log_p_ref": laws}))
+    assert isinstance(models.ref, RatePolicy)
+    models = replace(models, ref=Excluding(models.ref.network, models.ref.decoder))
+    rng = SampleRng(0, scored.trajectory.prompts.sample_id)
+    actions = actions_of(algorithm, algorithm.annotate(models, scored, rng))
     kl = algorithm.loss(models, actions, SampleRng(0, torch.arange(8))).metrics["kl_new_ref"]
     assert kl.isfinite().all() and kl.mean() > 1
     assert gradient(models, algorithm, actions).isfinite().all()

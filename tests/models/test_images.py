@@ -1,7 +1,7 @@
 """Networks of text-to-image pipelines do what diffusers does, on tiny random weights."""
 
 import copy
-import importlib
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -430,6 +430,20 @@ def test_the_table_is_that_of_the_checkpoint(folders):
         assert len(schedule.alphas_cumprod) == 1000
         assert float(schedule.alphas_cumprod[-1]) == pytest.approx(0.00466, abs=1e-5)
         assert schedule.final == float(schedule.alphas_cumprod[0]) == pytest.approx(0.99915)
+
+
+def test_what_a_configuration_leaves_out_is_as_in_its_class():
+    """Heun's table is not DDIM's: its betas go from 0.00085 to 0.012, evenly."""
+    schedule, prediction = schedule_of({"_class_name": "HeunDiscreteScheduler"})
+    assert isinstance(schedule, DiscreteTable) and prediction == "eps"
+    survival = (1 - torch.linspace(0.00085, 0.012, 1000, dtype=torch.float64)).cumprod(0)
+    torch.testing.assert_close(schedule.alphas_cumprod.double(), survival, rtol=1e-5, atol=0)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchsde") is not None, reason="it is there")
+def test_a_package_that_a_scheduler_needs_is_named():
+    with pytest.raises(ValueError, match="torchsde"):
+        schedule_of({"_class_name": "DPMSolverSDEScheduler"})
 
 
 def test_miniatures_are_of_the_published_classes_and_layout(folders):

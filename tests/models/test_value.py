@@ -134,3 +134,19 @@ def test_time_features_tell_times_apart():
     features = time_features(t)
     assert features.shape == (101, 9)
     assert torch.cdist(features, features).fill_diagonal_(1).min() > 0.01
+
+
+def test_a_first_batch_of_equal_targets_leaves_the_scale_open():
+    """Sparse rewards: all 0 at first, then 0 and 1."""
+    value, rows = critic(), 64
+    x, t = torch.randn(rows, 2, generator=generator()), torch.rand(rows, generator=generator(1))
+    how = {"lr": 1e-2, "epochs": 20, "batch": 16}
+    value.fit(x, t, {}, None, torch.zeros(rows), **how, generator=generator(2))
+    assert not value.scaled and float(value.spread) == 1
+    target = (x[:, 0] > 0).float()
+    value.fit(x, t, {}, None, target, **how, generator=generator(3))
+    assert value.scaled and float(value.spread) == pytest.approx(0.5, abs=0.02)
+    assert value.fit(x, t, {}, None, target, **how, generator=generator(4)) > 0.5
+    one = critic()
+    one.fit(x[:1], t[:1], {}, None, target[:1], **how, generator=generator(5))
+    assert one.value(x, t, {}, None).isfinite().all()

@@ -383,7 +383,7 @@ def test_rows_without_noise_have_no_likelihood():
 
 
 def test_log_probs_are_computed_in_float32_or_better():
-    """bfloat16 in, float32 out: the numbers are those of the upcast inputs, not bfloat16 ones."""
+    """bfloat16 in, float64 out: the numbers are those of the upcast inputs."""
     step, two = steps()
     i = {name: value.bfloat16() for name, value in inputs().items()}
     for s in (step, two):
@@ -392,10 +392,26 @@ def test_log_probs_are_computed_in_float32_or_better():
         new_w, _, past_w = laws(s, wide)
         got = gaussian.step_log_prob(s, i["x_t"], x_s=i["z"], **new, **past)
         expected = gaussian.step_log_prob(s, wide["x_t"], x_s=wide["z"], **new_w, **past_w)
-        assert got.dtype == torch.float32
+        assert got.dtype == torch.float64
         assert bool((got == expected).all())
         refs = {f"{name}_ref": value for name, value in old.items()}
-        assert gaussian.step_kl(s, **new, **refs).dtype == torch.float32
+        assert gaussian.step_kl(s, **new, **refs).dtype == torch.float64
+
+
+def test_a_small_difference_of_log_probs_survives_16384_dimensions():
+    """Of float32 states: log pi is near -10^4, and what matters is its 10^-4."""
+    generator = torch.Generator().manual_seed(0)
+    x, z, a = (torch.randn(4, 16384, generator=generator) for _ in range(3))
+    step = gaussian.AffineStep(*(torch.tensor([v], dtype=torch.float64) for v in (0.9, -0.3, 0.2)))
+    x_s = gaussian.draw(step, x, a, z)
+    moved = a + 1e-6 * torch.randn(a.shape, generator=generator)
+    narrow, wide = (
+        gaussian.step_log_prob(step, x.to(t), moved.to(t), x_s.to(t))
+        - gaussian.step_log_prob(step, x.to(t), a.to(t), x_s.to(t))
+        for t in (torch.float32, torch.float64)
+    )
+    assert wide.abs().min() > 1e-6
+    torch.testing.assert_close(narrow, wide, atol=2e-4, rtol=0)
 
 
 def test_rounding_of_eps_moves_the_ratio_but_float32_does_not():
@@ -420,7 +436,7 @@ def test_rounding_of_eps_moves_the_ratio_but_float32_does_not():
     given = [value.float() for value in (x, eps + 0.01 * normal(len(t), d, seed=3), eps, x_s)]
     narrow = gaussian.log_ratio(step, *given)
     wide = gaussian.log_ratio(step, *(value.double() for value in given))
-    assert narrow.dtype == torch.float32
+    assert narrow.dtype == torch.float64
     assert float(((narrow - wide) / d).abs().max()) < 1e-9
     same = gaussian.log_ratio(step, x.float(), eps.float(), eps.float(), x_s.float())
     assert bool((same == 0).all())

@@ -106,6 +106,16 @@ def quick(url, **more):
     return HttpScorer(url=url, **{"timeout": 5.0, "retries": 0, "backoff": 0.01, **more})
 
 
+def ended(within):
+    """Whether no request is under way any more, at the latest after so many seconds."""
+    end = time.monotonic() + within
+    while any(thread.name.startswith("ThreadPool") for thread in threading.enumerate()):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
+
+
 # What goes right
 
 
@@ -214,6 +224,8 @@ def test_waits_double():
         (lambda c, n: (200, (b" " * (1 << 20) for _ in range(9))), "more than 4194304 bytes"),
         (lambda c, n: (404, b"no such page"), r"status 404 \('no such page'\); expected 200"),
         (lambda c, n: (401, SECRET.encode()), r"status 401 \('\*\*\*'\)"),
+        (lambda c, n: (400, b"no: hidden"), r"status 400 \('no: \*\*\*'\)"),
+        (lambda c, n: (400, b"key a b?"), r"status 400 \('key \*\*\*\?'\)"),
         (lambda c, n: (302, b"", {"Location": "http://u:pw@host/x?key=pw"}), "to 'http://host/x'"),
         (lambda c, n: (307, b"", {"Location": "file:///etc/passwd"}), "not followed"),
         (lambda c, n: (307, b"", {"Location": "http://[pw@"}), "not followed"),
@@ -224,7 +236,7 @@ def test_what_is_no_reward_is_refused_at_once(monkeypatch, answer, complaint):
     say, and no secret."""
     monkeypatch.setenv("SCORER_TOKEN", SECRET)
     with serving(answer) as server:
-        scorer = quick(f"{server.url}?key=hidden", retries=3, token_from="SCORER_TOKEN")
+        scorer = quick(f"{server.url}?key=hidden&more=a%20b", retries=3, token_from="SCORER_TOKEN")
         with pytest.raises(RewardError, match=complaint) as caught:
             scorer(IMAGES)
         assert len(server.requests) == 1
@@ -271,12 +283,13 @@ def test_a_slow_server_is_given_up():
         ):
             quick(server.url, timeout=0.1, retries=1)(IMAGES)
         with pytest.raises(RewardError, match=r"answered 0 of 5 requests in 0\.2 s"):
-            quick(server.url, deadline=0.2, batch=1)(IMAGES)
+            quick(server.url, timeout=30.0, deadline=0.2, batch=1)(IMAGES)
+        assert ended(within=1)
         assert time.monotonic() - start < 3
         over.set()
 
 
-@pytest.mark.parametrize("part", ["head", "body"])
+@pytest.mark.parametrize("part", ["head", "body", "error"])
 def test_an_answer_that_trickles_is_given_up(part):
     """Something comes before every timeout of the socket, and the whole never does."""
     over = threading.Event()
@@ -286,7 +299,7 @@ def test_an_answer_that_trickles_is_given_up(part):
             yield b" "
 
     def answer(content, number):
-        return 200, trickle()
+        return 400 if part == "error" else 200, trickle()
 
     if part == "head":
         listener = socket.create_server(("127.0.0.1", 0))
@@ -307,9 +320,12 @@ def test_an_answer_that_trickles_is_given_up(part):
         thread.join()
         listener.close()
         return
+    expected = "status 400" if part == "error" else r"failed 1 times.*no answer in 0\.2 s"
     with serving(answer) as server:
-        with pytest.raises(RewardError, match=r"failed 1 times.*no answer in 0\.2 s"):
+        start = time.monotonic()
+        with pytest.raises(RewardError, match=expected):
             quick(server.url, timeout=0.2)(IMAGES)
+        assert time.monotonic() - start < 2
         over.set()
 
 
@@ -328,6 +344,7 @@ def test_the_first_failure_ends_the_others():
     with serving(lambda content, number: (404, b"")) as server:
         with pytest.raises(RewardError, match="404"):
             quick(server.url, batch=1, workers=1)(IMAGES)
+        assert ended(within=1)
         assert len(server.requests) <= 2
 
 
@@ -364,7 +381,7 @@ def test_a_failing_server_is_asked_once_by_a_reward():
         ("http://host:port/", "no valid host or port"),
         ("http://[hidden", "no valid host or port"),
         ("http://host/a b", "characters"),
-        ("http://host/\r\nX: y", "characters"),
+        ("http://host/\x01", "characters"),
         ("http://host/é", "characters"),
         ("http://user:hidden@host/", "user name or password.*token_from"),
     ],
@@ -373,6 +390,11 @@ def test_a_url_that_is_none_is_refused(url, complaint):
     with pytest.raises(ValueError, match=complaint) as caught:
         HttpScorer(url=url)
     assert "hidden" not in str(caught.value)
+
+
+def test_the_query_is_not_shown():
+    shown = repr(HttpScorer(url="http://host/score?key=hidden", batch=3))
+    assert "url='http://host/score', batch=3" in shown and "hidden" not in shown
 
 
 @pytest.mark.parametrize(

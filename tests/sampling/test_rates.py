@@ -12,12 +12,13 @@ from rescore.models.denoiser import CountedScores, ScoreNetwork, SubsScores
 from rescore.models.tiny import MlpDenoiser
 from rescore.objectives.advantages import Baseline
 from rescore.processes import ctmc
+from rescore.processes.convert import log_probs_from_score
 from rescore.processes.ctmc import Absorbing, Process, Uniform
 from rescore.processes.schedules import Geometric, LogLinear
 from rescore.proof.oracle import EnumeratingRng
 from rescore.sampling.decoder import Decoder, RateDecoder
 from rescore.sampling.policy import MaskedPolicy, Models, RatePolicy, policy_of
-from rescore.sampling.rates import log_or_impossible, sample_rates
+from rescore.sampling.rates import laws_at, log_or_impossible, sample_rates
 from rescore.sampling.record import Record, Score
 from rescore.sampling.rng import SampleRng
 from rescore.types import Prompts, RateTrajectory, Scored
@@ -495,3 +496,38 @@ def test_shorter_protocols():
     assert [d.corrector_steps for d in RateDecoder(steps=3).shorter()] == [0]
     assert str(decoder) == "4 + 3 corrector steps, euler predictor"
     assert str(RateDecoder(steps=4)) == "4 steps, analytic predictor"
+
+
+@pytest.mark.parametrize("law", ["analytic", "euler", "corrector"])
+@pytest.mark.parametrize("length", [0.01, 0.4, 3.0, math.inf])
+def test_laws_of_a_masked_denoiser_are_those_of_its_scores(law, length):
+    """Values and gradients, per-sample noise, steps that overshoot and the one that denoises."""
+    if law != "analytic" and length == math.inf:
+        return
+    network = network_of("masked")
+    assert isinstance(network, SubsScores) and isinstance(network.network, MlpDenoiser)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(4, (6, L), generator=generator)
+    noise = torch.rand(6, generator=generator, dtype=torch.float64) * 3 + 0.01
+    weight = torch.rand(6, L, 4, generator=generator, dtype=torch.float64)
+    direct = laws_at(CountedScores(network), x, noise, None)(law, length)
+    by_scores = laws_at(network, x, noise, None)(law, length)
+    torch.testing.assert_close(direct, by_scores, atol=1e-13, rtol=1e-10)
+    parameters = list(network.network.parameters())
+    one, other = (torch.autograd.grad((p * weight).sum(), parameters) for p in (direct, by_scores))
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-13, rtol=1e-9)
+    assert (x == 3).any() and (x != 3).any()
+
+
+def test_clean_log_probs_are_those_of_the_scores_and_count_a_row():
+    network = network_of("masked")
+    counted = CountedScores(network)
+    x = torch.full((2, L), 3)
+    noise = torch.tensor([0.3, 2.0], dtype=torch.float64)
+    direct = counted.clean_log_probs(x, noise)
+    assert counted.rows == 2
+    by_scores = log_probs_from_score(network.log_score(x, noise), 3)
+    torch.testing.assert_close(direct, by_scores)
+    torch.testing.assert_close(counted.clean_probs(x), direct.exp())
+    assert counted.rows == 4

@@ -270,8 +270,8 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         name="noise depends on the place in the batch",
         file="rescore/sampling/rng.py",
-        old="sample = self.sample_id[:, None].expand_as(where)",
-        new="sample = torch.arange(len(where))[:, None].expand_as(where)",
+        old="sample, draw = self.sample_id[:, None], step",
+        new="sample, draw = torch.arange(len(where))[:, None], step",
         test="tests/sampling/test_rng.py::test_draws_do_not_depend_on_the_batch",
     ),
     Mutation(
@@ -334,15 +334,15 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         name="judged once, and credited to another sample",
         file="rescore/training/rollout.py",
-        old="row, number = row[order], order.argsort()[number]",
-        new="row, number = row[order], order[number]",
+        old="return row[order], order.argsort()[number]",
+        new="return row[order], order[number]",
         test="tests/training/test_rollout.py::test_scores_land_where_they_belong",
     ),
     Mutation(
         name="equal outputs of different groups judged once",
         file="rescore/training/rollout.py",
-        old="torch.cat([group, outputs], 1)",
-        new="torch.cat([group * 0, outputs], 1)",
+        old="torch.cat([trajectory.prompts.group[sample, None], outputs], 1)",
+        new="torch.cat([trajectory.prompts.group[sample, None] * 0, outputs], 1)",
         test="tests/training/test_rollout.py::test_scores_land_where_they_belong",
     ),
     Mutation(

@@ -1,13 +1,19 @@
 """Prompts of images: splits, numbers, and judges that are told the texts."""
 
+from typing import get_args
+
 import pytest
 import torch
 
 from rescore.rewards import images as image_rewards
 from rescore.rewards.images import brightness
 from rescore.tasks.image_prompts import ImagePrompts
+from rescore.tasks.task import Split
 
 WORDS = tuple(f"a drawing of {i} apples" for i in range(40))
+_SPLIT = ImagePrompts(source=WORDS)
+ALL_TRAIN = tuple(_SPLIT.texts_of(_SPLIT.prompts("train", torch.arange(10))))
+"""Ten prompts of one split."""
 
 
 def test_splits_are_by_content_and_share_none(tmp_path):
@@ -27,6 +33,15 @@ def test_splits_are_by_content_and_share_none(tmp_path):
         seen += texts[0]
     assert sorted(seen) == sorted(WORDS)
     assert listed.size("train") > listed.size("test") > 0
+
+
+@pytest.mark.parametrize("n", [1, 3, 9])
+def test_a_few_prompts_are_in_every_split(n):
+    task = ImagePrompts(source=ALL_TRAIN[:n])
+    task.check()
+    for split in get_args(Split):
+        prompts = task.prompts(split, torch.arange(task.size(split)))
+        assert task.texts_of(prompts) == list(ALL_TRAIN[:n])
 
 
 def test_a_prompt_is_its_number_for_the_network_and_for_rewards():
@@ -90,6 +105,6 @@ def test_settings_that_make_no_sense_are_refused(tmp_path):
     with pytest.raises(ValueError, match="there are no prompts"):
         ImagePrompts(source=str(tmp_path / "empty.txt")).check()
     with pytest.raises(ValueError, match="more records"):
-        ImagePrompts(source=("one", "two")).check()
+        ImagePrompts(source=ALL_TRAIN).check()
     with pytest.raises(ValueError, match="start from a PretrainedPipeline"):
         ImagePrompts(source=WORDS).clean("train")

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rescore import cli
@@ -148,6 +148,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(miniature, tmp_path):
 
     base.check(task, "cpu")
     refused("use ImagePrompts", task=Sudoku(pool=8))
+    refused("text_device='gpu' is no device", dataclasses.replace(base, text_device="gpu"))
     refused("expects a FluxPipeline", dataclasses.replace(base, kind="flux"))
     refused("there is no folder", dataclasses.replace(base, weights=str(tmp_path / "nothing")))
     refused("cannot be had from the hub", dataclasses.replace(base, weights="nobody/nothing-here"))
@@ -185,8 +186,35 @@ def test_weights_come_from_safetensors_only(miniature, tmp_path):
         build(dataclasses.replace(base, weights=str(copy)), task)
 
 
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize("wrong", ["missing", "cut", "another shape"])
+def test_a_damaged_file_is_named(miniature, tmp_path, part, wrong):
+    """Its folder, and the weight that it lacks: none is drawn in its place."""
+    base, task = miniature("sd15")
+    copy = tmp_path / "copy"
+    shutil.copytree(base.weights, copy)
+    (file,) = (copy / part).glob("*.safetensors")
+    state = load_file(file)
+    key = next(name for name in sorted(state) if name.endswith("norm1.weight"))
+    if wrong == "missing":
+        del state[key]
+    else:
+        state[key] = torch.zeros(1, 2, 3)
+    save_file(state, file, metadata={"format": "pt"})
+    if wrong == "cut":
+        file.write_bytes(file.read_bytes()[:5000])
+    expected = rf"folder {part} lacks 1 weights, of them '{key}'" if wrong == "missing" else ""
+    with pytest.raises(ValueError, match=f"cannot be loaded as.*{expected}") as caught:
+        build(dataclasses.replace(base, weights=str(copy)), task)
+    named = key if wrong == "another shape" and part != "text_encoder" else part
+    assert named in str(caught.value)
+
+
 def test_settings_that_cannot_be_trained_are_refused(miniature, tmp_path):
-    base, _ = miniature("sd15")
+    base, task = miniature("sd15")
+    far = dataclasses.replace(base, text_device="cuda")
+    small = far.in_miniature(task, Path(base.weights), seed=0, device="cpu")[0]
+    assert small.text_device is None
     with pytest.raises(ValueError, match="guidance must be finite"):
         dataclasses.replace(base, guidance=0.5)
     narrow = dataclasses.replace(base, dtype="bfloat16")

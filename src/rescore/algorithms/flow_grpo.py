@@ -50,14 +50,15 @@ class FlowGrpo(Algorithm):
 
     std: Literal["group", "batch"] = "group"
     """Whose standard deviation divides the rewards, less the mean of their group: the group's (the
-    paper's), or that of the whole rollout (an option of the released code)."""
+    paper's), or that of the whole rollout (the released settings for SD3.5)."""
     clip: float = 0.2
     """The log-ratio of a step gains nothing beyond this in either direction, nats, summed over all
-    dimensions. The released code's clip times d: .66 for its 1e-5 and latents of 16 x 64 x 64."""
+    dimensions. The released code's times d, for latents of 16 x 64 x 64: 6.55 for the 1e-4 of its
+    settings with a KL, .66 for the 1e-5 of Flow-GRPO-Fast."""
     beta: float = 0.01
     """Weight of KL(new || ref), exact within each step and taken at the visited states, units of
-    the advantage per nat; 0 keeps no reference. The released code's times dt, which it leaves out:
-    0.04 in 10 even steps is 0.004 here."""
+    the advantage per nat; 0 keeps no reference. The released code leaves out dt, so that no one
+    value is its own: its 0.04 is 0.04 dt here, 0.004 in 10 even steps."""
 
     citation: ClassVar[str] = """@article{liu2025flowgrpo,
   title   = {Flow-GRPO: Training Flow Matching Models via Online RL},

@@ -167,10 +167,21 @@ class ScoreAsAction(Algorithm):
                 f"score_as_action: steps of {decoder.solver} have no KL; use kl='continuous', the "
                 f"penalty that would be the KL with noise, or beta=0 and proximal=0"
             )
-        if self.kl == "continuous" and decoder.solver == "flow_match_stochastic":
+        if decoder.window is not None and "continuous" in (self.kl, self.weighting):
+            raise ValueError(
+                "score_as_action: steps outside the window follow another equation; with a "
+                "window use kl='step' and weighting='solver'"
+            )
+        looks = self.form == "score_gradient" and self.weighting == "continuous"
+        if self.kl == "step" and needs_kl and looks:
+            raise ValueError(
+                "score_as_action: weighting='continuous' looks at states, so there is no "
+                "KL of steps; use kl='continuous' with it"
+            )
+        if "continuous" in (self.kl, self.weighting) and decoder.solver == "flow_match_stochastic":
             raise ValueError(
                 "score_as_action: flow_match_stochastic solves no equation, so there is no rate of "
-                "KL; use kl='step'"
+                "anything; use kl='step' and weighting='solver'"
             )
         if decoder.solver == "heun" and self.weighting == "solver":
             raise ValueError(
@@ -199,7 +210,9 @@ class ScoreAsAction(Algorithm):
     def annotate(self, models: Models, scored: Scored, rng: Rng) -> Scored:
         """Draw the steps, and value every state that they leave and reach."""
         policy, path, critic = _gaussian(models.new), _states(scored.trajectory), _critic(models)
-        notes: dict[str, Tensor] = {"old": _said(path)}
+        notes: dict[str, Tensor] = {}
+        if self.form == "score_gradient" or self.proximal:
+            notes["old"] = _said(path)
         if self.n_steps is not None:
             counts = self._counts(path)
             step = random_steps(counts, self.n_steps, rng)
@@ -210,7 +223,8 @@ class ScoreAsAction(Algorithm):
         kl = torch.zeros_like(path.log_prob)
         if models.ref is not None:
             notes["ref"] = _outputs(_gaussian(models.ref), path)
-            kl = self._path_kl(policy, path, notes["old"], notes["ref"])
+            kl = self._path_kl(policy, path, _said(path), notes["ref"])
+            kl = torch.where(self._counts(path), kl, 0.0)  # nor is it trained elsewhere
         value, skip = self._values(policy, critic, path)
         value = torch.cat([value, scored.reward.to(value)[:, None]], 1)
         notes |= {
@@ -227,7 +241,8 @@ class ScoreAsAction(Algorithm):
             for name in {"old", "ref"} & set(notes):
                 chosen[f"{name}_before"] = _columns(notes[name], earlier)
         chosen["fitted"] = critic.fitted.expand(scored.step.shape)
-        return replace(scored, notes={**scored.notes, **chosen})
+        bare = replace(path, output=None)
+        return replace(scored, trajectory=bare, notes={**scored.notes, **chosen})
 
     def credit(self, scored: Scored) -> Credited:
         path = _states(scored.trajectory)
@@ -371,7 +386,7 @@ class ScoreAsAction(Algorithm):
         """
         n_steps, said = path.n_steps, _said(path)
         times = policy.times.to(said.device)
-        judged = coefficients(self.design, times)[0][:n_steps] > 0
+        judged = coefficients(self.design, times)[0][:n_steps] > 1e-6
 
         def part(rows: Int[Tensor, " n"]) -> tuple[Tensor, Tensor]:
             sample, k = (rows // n_steps).to(said.device), (rows % n_steps).to(said.device)
@@ -453,7 +468,8 @@ class ScoreAsAction(Algorithm):
             return (total / count.clamp(min=1))[number]
 
         centred = flat - average(flat)
-        scale = average(centred.square()).sqrt().clamp(min=1e-8)
+        scale = average(centred.square()).sqrt()
+        scale = torch.where(scale > 1e-8, scale, 1.0)  # where nothing varies
         white, scale = (centred / scale).to(advantage), scale.to(advantage)
         return white.view_as(advantage), scale.view_as(advantage)
 

@@ -32,7 +32,7 @@ from rescore.algorithms.base import Algorithm, check_group
 from rescore.models.critics import Critic, critic_for
 from rescore.models.denoiser import CountedScores, KnownLikelihood
 from rescore.objectives.advantages import Baseline, centre, normalise_std
-from rescore.objectives.divergences import categorical_kl, finite
+from rescore.objectives.divergences import finite
 from rescore.objectives.policy_gradient import ratio_metrics
 from rescore.objectives.score_entropy import (
     Coefficient,
@@ -356,11 +356,12 @@ class Sepo(Algorithm):
     def _reference_laws(
         self, ref: RatePolicy, trajectory: RateTrajectory
     ) -> Float[Tensor, "B M L S"]:
-        """Log of the reference's law after every kept step."""
+        """Log of the reference's law after every kept step, without zeros."""
 
         def part(index: Int[Tensor, " n"]) -> Tensor:
             paths, step = _kept_steps(trajectory.take(index.to(trajectory.x_0.device)))
-            return ref.transition(paths, step, Score()).log_p.unflatten(0, (len(index), -1))
+            log_p = finite(ref.transition(paths, step, Score()).log_p)
+            return log_p.unflatten(0, (len(index), -1))
 
         at_most = max(1, ref.forward_rows // self.kl_steps)
         return torch.cat(over_rows(part, len(trajectory.x_0), at_most=at_most))
@@ -371,13 +372,13 @@ class Sepo(Algorithm):
         """Path KL(new || ref) estimated from the kept steps, exact within each, nats."""
         assert models.ref is not None
         paths, step = _kept_steps(trajectory)
-        new = models.new.transition(paths, step, Score())
+        new = _rates(models.new).transition(paths, step, Score())
         if "log_p_ref" in notes:
             log_p_ref = states_apart(notes["log_p_ref"].flatten(0, 1))
         else:
             with torch.no_grad():
-                log_p_ref = models.ref.transition(paths, step, Score()).log_p
-        kl = categorical_kl(new.log_p, finite(log_p_ref), new.revealed)
+                log_p_ref = finite(_rates(models.ref).transition(paths, step, Score()).log_p)
+        kl = new.kl_to(log_p_ref)
         return kl.view(len(trajectory.x_0), -1).mean(1) * trajectory.n_steps
 
 

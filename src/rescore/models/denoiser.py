@@ -11,9 +11,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rescore.processes.convert import score_from_log_probs
+from rescore.processes.convert import log_probs_from_score, score_from_log_probs
 from rescore.processes.ctmc import Absorbing, Process
-from rescore.processes.layout import log_softmax
+from rescore.processes.layout import log_softmax, softmax
 
 
 @runtime_checkable
@@ -174,6 +174,30 @@ class CountedScores:
         self.rows += len(x_t)
         return log_score
 
+    def clean_log_probs(
+        self,
+        x_t: Int[Tensor, "B L"],
+        total_noise: Float[Tensor, " B"],
+        *,
+        attend: Bool[Tensor, "B L"] | None = None,
+    ) -> Float[Tensor, "B L S"]:
+        """log p(x_0 | x_t) at masked positions; a denoiser is not taken round by its scores."""
+        if isinstance(self.network, SubsScores):
+            self.rows += len(x_t)
+            return self.network.clean_log_probs(x_t, attend=attend)
+        log_score = self.log_score(x_t, total_noise, attend=attend)
+        mask_id = self.process.mask_id
+        assert mask_id is not None
+        return log_probs_from_score(log_score, mask_id)
+
+    def clean_probs(
+        self, x_t: Int[Tensor, "B L"], *, attend: Bool[Tensor, "B L"] | None = None
+    ) -> Float[Tensor, "B L S"]:
+        """p(x_0 | x_t) of the denoiser behind the scores, which must be ``SubsScores``."""
+        assert isinstance(self.network, SubsScores)
+        self.rows += len(x_t)
+        return self.network.clean_probs(x_t, attend=attend)
+
 
 @dataclass(frozen=True)
 class SubsScores:
@@ -194,10 +218,29 @@ class SubsScores:
         attend: Bool[Tensor, "B L"] | None = None,
     ) -> Float[Tensor, "B L S"]:
         """log s at ``x_t``; only its masked positions depend on the network."""
+        process, log_p = self.process, self.clean_log_probs(x_t, attend=attend)
+        return score_from_log_probs(log_p, x_t, total_noise, process.mask_id, process.n_states)
+
+    def clean_log_probs(
+        self, x_t: Int[Tensor, "B L"], *, attend: Bool[Tensor, "B L"] | None = None
+    ) -> Float[Tensor, "B L S"]:
+        """log p(x_0 | x_t) over all states, -inf for the mask; meant for masked positions."""
+        return log_softmax(self._logits(x_t, attend))
+
+    def clean_probs(
+        self, x_t: Int[Tensor, "B L"], *, attend: Bool[Tensor, "B L"] | None = None
+    ) -> Float[Tensor, "B L S"]:
+        """The same as probabilities."""
+        return softmax(self._logits(x_t, attend))
+
+    def _logits(
+        self, x_t: Int[Tensor, "B L"], attend: Bool[Tensor, "B L"] | None
+    ) -> Float[Tensor, "B L S"]:
+        """Logits of all states, -inf for the mask, which is last where no logit stands for it."""
         process, logits = self.process, self.network.predict(x_t, attend=attend)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         absent = process.n_states - logits.shape[-1]
-        if absent:  # the mask, where no logit stands for it
-            logits = functional.pad(logits, (0, absent), value=-torch.inf)
-        log_p = log_softmax(logits)
-        return score_from_log_probs(log_p, x_t, total_noise, process.mask_id, process.n_states)
+        if absent:
+            return functional.pad(logits, (0, absent), value=-torch.inf)
+        state = torch.arange(process.n_states, device=logits.device)
+        return logits.masked_fill(state == process.mask_id, -torch.inf)

@@ -59,7 +59,9 @@ def add_lora(module: M, lora: Lora, *, generator: torch.Generator) -> M:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise ValueError('LoRA needs peft: pip install "rescore[language]"') from error
+        raise ValueError(
+            'LoRA needs peft: pip install "rescore[language]" or "rescore[images]"'
+        ) from error
     if has_adapters(module):
         raise ValueError("this module has LoRA adapters already; add them once, to a plain module")
     names = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import abc
 import importlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -86,7 +86,10 @@ def schedule_of(config: Mapping[str, Any]) -> tuple[GaussianSchedule, Prediction
             f"a {name} cannot be replayed: its noise is neither a table of alphas_cumprod nor "
             f"a rectified flow; expected {FLOW} or one of {', '.join(TABLES)}"
         )
-    full = getattr(diffusers, name).from_config(config).config
+    try:
+        full = getattr(diffusers, name).from_config(config).config
+    except ImportError as error:
+        raise ValueError(f"the scheduler cannot be read: {str(error).strip()}") from error
     for setting, reason in NOT_REPLAYED.items():
         if full.get(setting):
             raise ValueError(
@@ -105,7 +108,8 @@ def schedule_of(config: Mapping[str, Any]) -> tuple[GaussianSchedule, Prediction
             f"this {name} cannot be replayed: its prediction_type is '{full['prediction_type']}'; "
             f"expected one of {', '.join(FORMS)}"
         )
-    table = diffusers.DDIMScheduler.from_config(config)
+    settings = {key: full[key] for key in full if key != "_use_default_values"}
+    table = diffusers.DDIMScheduler.from_config(settings)  # with the defaults of the other class
     schedule = DiscreteTable(table.alphas_cumprod, final=float(table.final_alpha_cumprod))
     return schedule, FORMS[full["prediction_type"]]
 
@@ -431,19 +435,32 @@ def load_image_network(
     """
     require("diffusers", "text-to-image models", "images")
     diffusers: Any = importlib.import_module("diffusers")
+    safetensors: Any = importlib.import_module("safetensors")
     precision = getattr(torch, dtype)
+    files = {"use_safetensors": True, "variant": variant, "trust_remote_code": False}
     nothing = {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None}
     settings: dict[str, Any] = {"sd15": nothing, "sdxl": {"add_watermarker": False}}.get(kind, {})
+    family: Any = getattr(diffusers, PIPELINES[kind])
+    place = weights
     try:
-        pipeline: Any = getattr(diffusers, PIPELINES[kind]).from_pretrained(
+        encoders = {}
+        for name, parts in family.load_config(weights).items():
+            if name.startswith("text_encoder") and parts[1] is not None:
+                place = f"{weights}/{name}"
+                encoders[name] = _text_encoder(parts[1], weights, name, dtype=precision, **files)
+        place = weights
+        pipeline: Any = family.from_pretrained(
             weights,
             dtype={"vae": torch.float32, "default": precision},
-            use_safetensors=True,
-            variant=variant,
+            **encoders,
+            **files,
             **settings,
         )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{weights} cannot be loaded as a {PIPELINES[kind]}: {error}") from error
+        for name, part in pipeline.components.items():
+            if isinstance(part, nn.Module):
+                _refuse_missing([n for n, p in part.named_parameters() if p.is_meta], name)
+    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{place} cannot be loaded as a {PIPELINES[kind]}: {error}") from error
     pipeline.vae.requires_grad_(False).to(device).enable_slicing()
     for name, part in pipeline.components.items():
         if name.startswith("text_encoder") and part is not None:
@@ -454,6 +471,25 @@ def load_image_network(
     return NETWORKS[kind](
         pipeline, network, shape=shape, text=text, guidance=guidance, text_tokens=text_tokens
     )
+
+
+def _text_encoder(kind: str, weights: str, folder: str, **settings: Any) -> Any:
+    """A text encoder of transformers, which draws a weight that its file lacks."""
+    transformers: Any = importlib.import_module("transformers")
+    encoder, report = getattr(transformers, kind).from_pretrained(
+        weights, subfolder=folder, output_loading_info=True, **settings
+    )
+    _refuse_missing(report["missing_keys"], folder)
+    return encoder
+
+
+def _refuse_missing(keys: Iterable[str], folder: str) -> None:
+    names = sorted(keys)
+    if names:
+        raise ValueError(
+            f"the file in its folder {folder} lacks {len(names)} weights, of them '{names[0]}'; "
+            f"copy the checkpoint again"
+        )
 
 
 def _n_bytes(parts: Sequence[Tensor]) -> int:

@@ -57,6 +57,8 @@ class ValueCritic(Learned):
 
     level: Tensor
     spread: Tensor
+    scaled: Tensor
+    """Whether ``spread`` is that of targets which differed."""
     fitted: Tensor
     """How many times it was fitted."""
 
@@ -77,6 +79,7 @@ class ValueCritic(Learned):
         self.design: Design = design
         self.register_buffer("level", torch.zeros(()))
         self.register_buffer("spread", torch.ones(()))
+        self.register_buffer("scaled", torch.tensor(False))
         self.register_buffer("fitted", torch.tensor(0))
         self.optimizer = torch.optim.Adam(self.parameters())
 
@@ -120,9 +123,11 @@ class ValueCritic(Learned):
         Returns:
             The share of the variance of the targets that V explained before this fit.
         """
-        if not self.fitted:
+        spread = target.std(correction=0)
+        if not self.scaled:  # until targets differ there is no scale to take from them
             self.level.copy_(target.mean())
-            self.spread.copy_(target.std().clamp(min=1e-3))
+            self.scaled.copy_(spread > 1e-6)
+            self.spread.copy_(torch.where(self.scaled, spread, 1.0))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         error = torch.zeros((), dtype=torch.float64, device=x_t.device)

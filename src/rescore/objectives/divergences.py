@@ -53,6 +53,14 @@ def categorical_kl(
     return torch.where(rows, (log_p.exp() * gap).sum(-1), 0.0).sum(-1)
 
 
+def law_kl(
+    p: Float[Tensor, "N R V"], log_q: Float[Tensor, "N R V"], rows: Bool[Tensor, "N R"]
+) -> Float[Tensor, " N"]:
+    """``categorical_kl`` from probabilities p instead of their logarithms; log q is finite."""
+    log_p = (p + (p == 0).to(p)).log()  # 0 where p is 0
+    return torch.where(rows, (p * (log_p - log_q.detach())).sum(-1), 0.0).sum(-1)
+
+
 LEAST_LOG_PROB = math.log(1e-6)
 """See ``finite``."""
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -133,6 +133,8 @@ class Absorbing(_Replacement):
 Process = Uniform | Absorbing
 """The forward process of one token."""
 
+Law = Literal["analytic", "euler", "corrector"]
+"""A law of tokens after a step: ``analytic_probs``, ``euler_probs`` or ``corrector_probs``."""
 LEAST_LOG_SCORE = -80.0
 """Scores of a masked token that are below exp of this count as 0."""
 
@@ -253,6 +255,43 @@ def denoise_probs(
         total_noise: all the noise there is in ``x``.
     """
     return analytic_probs(process, x, log_score, denoising_length(process, total_noise))
+
+
+def masked_law(
+    process: Absorbing,
+    x: Int[Tensor, "B L"],
+    clean: Float[Tensor, "B L S"],
+    total_noise: Float[Tensor, " B"],
+    law: Law,
+    length: Float[Tensor, " B"] | float,
+) -> Float[Tensor, "B L S"]:
+    """The same laws from p(x_0 | x_t) at masked tokens, of which the scores are k p.
+
+    As sum_y s_y = k = 1 / (e^n - 1), a masked token leaves with probability
+    min(1, leave k / keep), whichever tokens are likely, for one drawn from p.
+
+    Args:
+        process: the forward process.
+        x: the present tokens.
+        clean: probabilities of the clean token, 0 for the mask; not read at other tokens.
+        total_noise: n, all the noise there is in ``x``.
+        law: which of the three steps.
+        length: of the step in total noise.
+    """
+    noise = torch.as_tensor(length, dtype=torch.float64, device=x.device).reshape(-1)
+    analytic = law == "analytic"
+    keep = torch.exp(-noise) if analytic else torch.ones_like(noise)
+    leave = -torch.expm1(-noise) if analytic else noise
+    leaves = leave / torch.expm1(total_noise.double())
+    share = (leaves / torch.maximum(leaves, keep)).to(clean)[:, None]
+    own = one_hot(x, process.n_states, clean.dtype)
+    masked = (x == process.mask_id).to(clean)
+    moves = masked * share
+    probs = clean * moves[..., None] + own * (1 - moves)[..., None]
+    if law != "corrector":
+        return probs
+    mask = one_hot(torch.full_like(x, process.mask_id), process.n_states, clean.dtype)
+    return probs + noise.clamp(max=1).to(clean).reshape(-1, 1, 1) * (mask - own)
 
 
 def denoising_length(process: Process, total_noise: Length) -> Length | float:

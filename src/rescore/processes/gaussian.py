@@ -406,7 +406,7 @@ def step_log_prob(
     x_before: State | None = None,
     a_before: State | None = None,
 ) -> Float[Tensor, " B"]:
-    """log N(x_s; mean, std^2 I), all constants included, summed over dimensions, nats.
+    """log N(x_s; mean, std^2 I), all constants included, summed over dimensions, nats, float64.
 
     Args:
         step: its coefficients.
@@ -421,10 +421,10 @@ def step_log_prob(
     """
     _check_density(step)
     residual = _precise(x_s) - mean(step, x_t, a, x_before=x_before, a_before=a_before)
-    std = step.std.to(residual)
+    std = step.std.to(residual.device)
     n_dims = math.prod(residual.shape[1:])
     constant = n_dims * (torch.log(std) + 0.5 * math.log(2 * math.pi))
-    return -_dot(residual, residual) / (2 * std**2) - constant
+    return -_dot(residual, residual).double() / (2 * std**2) - constant
 
 
 def log_ratio(
@@ -695,7 +695,8 @@ def _times(coefficient: Float[Tensor, " N"], x: Tensor) -> Tensor:
 
 
 def _dot(x: Tensor, y: Tensor) -> Float[Tensor, " B"]:
-    return (x * y).flatten(1).sum(1)
+    """Summed in float64: of many thousand dimensions float32 would keep no small difference."""
+    return (x * y).flatten(1).sum(1, dtype=torch.float64)
 
 
 def _precise(x: Tensor) -> Tensor:

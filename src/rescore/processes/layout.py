@@ -29,6 +29,13 @@ def log_softmax(table: Float[Tensor, "*B S"]) -> Float[Tensor, "*B S"]:
     return table.movedim(-1, 0).log_softmax(0).movedim(0, -1)
 
 
+def softmax(table: Float[Tensor, "*B S"]) -> Float[Tensor, "*B S"]:
+    """softmax over the states, a row per state if these are few."""
+    if table.shape[-1] > FEW_STATES:
+        return table.softmax(-1)
+    return table.movedim(-1, 0).softmax(0).movedim(0, -1)
+
+
 def one_hot(x: Int[Tensor, "*B"], n_states: int, dtype: torch.dtype) -> Shaped[Tensor, "*B S"]:
     """1 at the state of every token and 0 elsewhere, a row per state if these are few."""
     state = torch.arange(n_states, device=x.device)

@@ -1,8 +1,8 @@
 """`rescore verify`: is the expected gradient of every algorithm what it is claimed to be?
 
 Each row compares the exact expectation of an estimator, made of one group of two samples, with the
-exact gradient of its objective. Both are enumerations of the code that trains (see ``oracle`` and
-``score_oracle``).
+exact gradient of its objective. Both are enumerations of the code that trains (see ``oracle``,
+``score_oracle`` and ``gaussian_oracle``).
 
     python -m rescore.proof.verify --write     commits the figures of the biased rows anew
 """

@@ -95,7 +95,6 @@ class AestheticScorer:
     batch: int = 32
     """Images per forward pass."""
 
-    @torch.no_grad()
     def __call__(self, images: Images, _: object = None, /) -> Float[Tensor, " B"]:
         """One number per image.
 
@@ -188,7 +187,6 @@ def embed_texts(
 
 
 @functools.lru_cache(maxsize=4)
-@torch.inference_mode(False)  # it may be asked for the first time where gradients are off
 def load_clip(weights: str, device: str = "cpu") -> Any:
     """A CLIP model of transformers in a folder or on the hub, for evaluation; loaded once.
 
@@ -231,7 +229,6 @@ def load_tokenizer(path: str) -> Any:
 
 
 @functools.lru_cache(maxsize=4)
-@torch.inference_mode(False)
 def load_aesthetic_head(path: str, device: str = "cpu") -> nn.Sequential:
     """LAION's layers, without activations between them; loaded once.
 

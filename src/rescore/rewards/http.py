@@ -21,6 +21,7 @@ import urllib.request
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -59,7 +60,7 @@ class _Call:
 class HttpScorer:
     """Rewards of images, and of texts if there are any, from a server: see the module.
 
-    Messages name the URL without its query and never the token.
+    Messages and ``repr`` name the URL without its query, and never the token.
 
     Raises:
         ValueError: a field is out of range.
@@ -90,6 +91,10 @@ class HttpScorer:
         for name in ("timeout", "deadline"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}; expected seconds above 0")
+
+    def __repr__(self) -> str:
+        shown = {**vars(self), "url": _shown(self.url)}
+        return f"HttpScorer({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     def __call__(
         self, images: Images, texts: Sequence[str] | None = None, /
@@ -186,7 +191,7 @@ class HttpScorer:
                 return self._body(response, end)
         except urllib.error.HTTPError as error:
             with error:
-                self._refuse(call, error)
+                self._refuse(call, error, end)
         except TimeoutError:
             raise _TryAgain(f"no answer in {self.timeout:g} s") from None
         except (OSError, http.client.HTTPException) as error:
@@ -211,19 +216,22 @@ class HttpScorer:
             raise http.client.IncompleteRead(answer, response.length)
         return answer
 
-    def _refuse(self, call: _Call, error: urllib.error.HTTPError) -> NoReturn:
+    def _refuse(self, call: _Call, error: urllib.error.HTTPError, end: float) -> NoReturn:
         """Raise what an answer with another status than 2xx means."""
         if 300 <= error.code < 400:
-            target = _shown(error.headers.get("Location", ""))
+            target = self._masked(call, _shown(error.headers.get("Location", "")))
             raise RewardError(
                 f"{self._place} redirects to '{target}'; redirects are not followed, give the "
                 f"final url"
             )
-        try:
-            said = self._excerpt(call, error.read(1 << 12))
-        except (OSError, http.client.HTTPException):
-            said = "nothing more"
-        problem = f"status {error.code} ({said})"
+        said = b""
+        with suppress(OSError, http.client.HTTPException):
+            while time.monotonic() < end and len(said) < 1 << 12:
+                part = error.fp.read1(1 << 12)
+                if not part:
+                    break
+                said += part
+        problem = f"status {error.code} ({self._excerpt(call, said)})"
         if error.code in WORTH_A_RETRY:
             raise _TryAgain(problem)
         raise RewardError(
@@ -258,10 +266,17 @@ class HttpScorer:
 
     def _excerpt(self, call: _Call, answer: bytes) -> str:
         """The beginning of an answer, quoted, without what a message must not show."""
-        text = answer[: 1 << 12].decode(errors="replace")
-        for secret in (call.token, urllib.parse.urlsplit(self.url).query):
-            text = text.replace(secret, "***") if secret else text
+        text = self._masked(call, answer[: 1 << 12].decode(errors="replace"))
         return repr(text if len(text) <= 80 else text[:80] + "...")
+
+    def _masked(self, call: _Call, text: str) -> str:
+        """A text without the token and without the query of the URL, whole and value by value."""
+        query = urllib.parse.urlsplit(self.url).query
+        values = [part.partition("=")[2] for part in query.split("&")]
+        secrets = {call.token, query, *values, *map(urllib.parse.unquote_plus, values)} - {""}
+        longest_first = sorted(secrets, key=len, reverse=True)
+        pattern = "|".join(map(re.escape, longest_first))
+        return re.sub(pattern, "***", text) if pattern else text
 
 
 def png(pixels: UInt8[Tensor, "H W C"]) -> bytes:

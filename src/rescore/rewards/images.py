@@ -42,6 +42,11 @@ def checked(images: Tensor) -> Images:
     outside = ~((images >= 0) & (images <= 1)).flatten(1).all(1)  # NaN is outside too
     if bool(outside.any()):
         first = int(outside.nonzero()[0])
+        if bool(images[first].isnan().any()):
+            raise ValueError(
+                f"image {first} has values that are not a number (NaN); look for what overflows "
+                f"before it, in the network or in its decoder"
+            )
         low, high = images[first].aminmax()
         raise ValueError(
             f"image {first} has values from {low.item():.4g} to {high.item():.4g}; expected 0 to "
@@ -80,7 +85,7 @@ def warn_if_black(images: Images) -> None:
     Black is an image whose every value is 0 of 255. A diffusion model that was trained too hard, or
     decoded in half precision, makes such images, and many rewards have no objection to them.
     """
-    if _warned.is_set() or not len(images):
+    if _warned.is_set():
         return
     fraction = (checked(images).flatten(1).amax(1) * 255 < 0.5).float().mean().item()
     if fraction >= MANY:

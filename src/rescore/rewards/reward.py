@@ -54,10 +54,11 @@ class Reward:
             RewardError: a function raised, or returned a wrong shape or a non-finite value; the
                 message names the term and the first offending sample.
         """
-        return {
-            name: _checked(name, function, outputs, prompts)
-            for name, function in self.functions.items()
-        }
+        with torch.autocast(outputs.device.type, enabled=False):  # rewards choose their precision
+            return {
+                name: _checked(name, function, outputs, prompts)
+                for name, function in self.functions.items()
+            }
 
     def value(self, outputs: Outputs, prompts: Given) -> Float[Tensor, " B"]:
         """The weighted sum, of which only terms that count are asked for; errors as ``terms``."""

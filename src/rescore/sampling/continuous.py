@@ -66,7 +66,7 @@ def sample_gaussian(
     x = start_of(network, decoder) * normal(Stream.START, 0)
     x_before, a_before = x, None
     path, outputs = [x], []
-    log_prob = torch.zeros((n_samples, decoder.steps), dtype=dtype, device=device)
+    log_prob = torch.zeros((n_samples, decoder.steps), dtype=torch.float64, device=device)
     for k in range(decoder.steps):
         step, a = steps.take(slice(k, k + 1)), predict(x, k)
         if isinstance(step, HeunStep):

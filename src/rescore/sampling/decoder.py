@@ -210,6 +210,11 @@ class GaussianDecoder(Decoding):
                 f"decoder: times from t_max={self.t_max} to t_min={self.t_min}; expected "
                 f"0 <= t_min < t_max <= 1"
             )
+        if self.spacing != "linear" and (self.t_max, self.t_min, self.shift) != (1.0, 0.0, 1.0):
+            raise ValueError(
+                f"decoder: t_max, t_min and shift are for spacing='linear', not '{self.spacing}', "
+                f"whose times are those of the network's table; leave them out"
+            )
         if not (0 < self.shift < math.inf and self.offset >= 0):
             raise ValueError(
                 f"decoder: shift={self.shift} must be positive, offset={self.offset} at least 0"
@@ -287,6 +292,11 @@ class GaussianDecoder(Decoding):
             )
         if self.spacing == "leading":
             entry = torch.arange(self.steps).flip(0) * (n_entries // self.steps) + self.offset
+            if int(entry[0]) >= n_entries:
+                raise ValueError(
+                    f"decoder: {self.steps} steps with offset={self.offset} start at entry "
+                    f"{int(entry[0])} of a table of {n_entries}; use fewer steps or offset=0"
+                )
         else:
             place = torch.arange(self.steps, dtype=torch.float64) * n_entries / self.steps
             entry = (n_entries - place).round().long() - 1

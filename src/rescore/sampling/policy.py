@@ -12,17 +12,17 @@ from torch import Tensor
 from rescore.models.critics import Learned
 from rescore.models.denoiser import Counted, CountedScores, Denoiser, ScoreNetwork, SubsScores
 from rescore.models.gaussian_network import CountedOutputs, GaussianNetwork
-from rescore.objectives.divergences import categorical_kl, finite
+from rescore.objectives.divergences import categorical_kl, finite, law_kl
+from rescore.processes.ctmc import Law
 from rescore.sampling.base import Policy, Transition
 from rescore.sampling.chunks import over_rows
 from rescore.sampling.decoder import Decoder, Decoding, GaussianDecoder, RateDecoder
 from rescore.sampling.discrete import StepRows, columns_of, fill_in, sample_masked, step_log_prob
 from rescore.sampling.gaussian_policy import GaussianPolicy
 from rescore.sampling.rates import (
-    Law,
+    laws_at,
     laws_of,
     log_or_impossible,
-    move_probs,
     sample_rates,
     tokens_log_prob,
 )
@@ -50,7 +50,21 @@ class TokenTransition(Transition):
 
     def kl(self, other: TokenTransition) -> Float[Tensor, " N"]:
         """Over the rows the step revealed; tokens that ``other`` excludes count as 1e-6."""
-        return categorical_kl(self.log_p, finite(other.log_p), self.revealed)
+        return self.kl_to(finite(other.log_p))
+
+    def kl_to(self, log_q: Float[Tensor, "N R V"]) -> Float[Tensor, " N"]:
+        """KL to a law without zeros, over the rows the step revealed."""
+        return categorical_kl(self.log_p, log_q, self.revealed)
+
+
+@dataclass(frozen=True)
+class RateTransition(TokenTransition):
+    """Steps of a process in continuous time, whose laws are probabilities."""
+
+    probs: Float[Tensor, "N L S"]
+
+    def kl_to(self, log_q: Float[Tensor, "N L S"]) -> Float[Tensor, " N"]:
+        return law_kl(self.probs, log_q, self.revealed)
 
 
 @dataclass(frozen=True)
@@ -136,7 +150,7 @@ class MaskedPolicy(Policy[MaskedTrajectory, TokenTransition]):
 
 
 @dataclass(frozen=True)
-class RatePolicy(Policy[RateTrajectory, TokenTransition]):
+class RatePolicy(Policy[RateTrajectory, RateTransition]):
     """pi(x_s | x_t) of the reverse of a process in continuous time, step by step of its grid."""
 
     network: ScoreNetwork
@@ -154,30 +168,30 @@ class RatePolicy(Policy[RateTrajectory, TokenTransition]):
 
     def transition(
         self, trajectory: Trajectory, step: Int[Tensor, " N"], score: Score
-    ) -> TokenTransition:
+    ) -> RateTransition:
         assert isinstance(trajectory, RateTrajectory)
         before, after = trajectory.move(step)
         probs = self.law(before, step, trajectory.prompts.attend)
         editable = trajectory.prompts.editable
         log_prob = tokens_log_prob(probs, after, editable)
-        return TokenTransition(
-            log_prob=log_prob, law=lambda: log_or_impossible(probs), revealed=editable
+        return RateTransition(
+            log_prob=log_prob, law=lambda: log_or_impossible(probs), revealed=editable, probs=probs
         )
 
     def law(
         self, x: Int[Tensor, "N L"], step: Int[Tensor, " N"], attend: Bool[Tensor, "N L"] | None
     ) -> Float[Tensor, "N L S"]:
         """The law of every token after step ``step[i]`` from state i: one network row each."""
-        process, moves = self.network.process, laws_of(self.network.process, self.decoder)
+        moves = laws_of(self.network.process, self.decoder)
         laws: list[Law] = list(dict.fromkeys(move[0] for move in moves))
         rows = [(level, length, laws.index(law)) for law, level, length in moves]
         table = torch.tensor(rows, dtype=torch.float64, device=x.device)
         level, length, number = table[step].unbind(1)
-        log_score = self.network.log_score(x, level, attend=attend)
-        probs = move_probs(process, x, log_score, laws[0], torch.where(number == 0, length, 0.0))
+        law_of = laws_at(self.network, x, level, attend)
+        probs = law_of(laws[0], torch.where(number == 0, length, 0.0))
         for i, law in enumerate(laws[1:], start=1):
             here = number == i
-            others = move_probs(process, x, log_score, law, torch.where(here, length, 0.0))
+            others = law_of(law, torch.where(here, length, 0.0))
             probs = torch.where(here[:, None, None], others, probs)
         return probs
 

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rescore.models.denoiser import ScoreNetwork
+from rescore.models.denoiser import CountedScores, ScoreNetwork, SubsScores
 from rescore.processes import ctmc
-from rescore.processes.ctmc import Process
+from rescore.processes.ctmc import Absorbing, Law, Process
 from rescore.processes.layout import gather
 from rescore.sampling.decoder import RateDecoder
 from rescore.sampling.record import Record
 from rescore.sampling.rng import Rng, Stream
 from rescore.sampling.slots import random_steps
 from rescore.types import Prompts, RateTrajectory
-
-Law = Literal["analytic", "euler", "corrector"]
-"""A law of tokens after a step: ``analytic_probs``, ``euler_probs`` or ``corrector_probs``."""
 
 
 def laws_of(process: Process, decoder: RateDecoder) -> list[tuple[Law, float, float]]:
@@ -36,6 +33,26 @@ def laws_of(process: Process, decoder: RateDecoder) -> list[tuple[Law, float, fl
     return laws
 
 
+def laws_at(
+    network: ScoreNetwork,
+    x: Int[Tensor, "B L"],
+    total_noise: Float[Tensor, " B"],
+    attend: Bool[Tensor, "B L"] | None,
+) -> Callable[[Law, Float[Tensor, " B"] | float], Float[Tensor, "B L S"]]:
+    """The law of every token after a step of a kind and length; one network row per state.
+
+    Tokens move independently of each other. Sampler and losses both call this, so they cannot
+    disagree. Masked denoisers are not taken round by their scores.
+    """
+    process = network.process
+    if isinstance(network, CountedScores) and isinstance(network.network, SubsScores):
+        assert isinstance(process, Absorbing)
+        clean = network.clean_probs(x, attend=attend)
+        return lambda law, length: ctmc.masked_law(process, x, clean, total_noise, law, length)
+    log_score = network.log_score(x, total_noise, attend=attend)
+    return lambda law, length: move_probs(process, x, log_score, law, length)
+
+
 def move_probs(
     process: Process,
     x: Int[Tensor, "B L"],
@@ -43,10 +60,7 @@ def move_probs(
     law: Law,
     length: Float[Tensor, " B"] | float,
 ) -> Float[Tensor, "B L S"]:
-    """The law of every token after a step; tokens move independently of each other.
-
-    Sampler and losses both call this, so they cannot disagree.
-    """
+    """The law of every token after a step, from scores."""
     if law == "corrector":
         return ctmc.corrector_probs(process, x, log_score, length)
     if law == "euler":
@@ -103,8 +117,7 @@ def sample_rates(
     log_probs = []
     for k, (law, level, size) in enumerate(moves):
         noise = torch.full((n_samples,), level, dtype=torch.float64, device=device)
-        log_score = network.log_score(x, noise, attend=prompts.attend)
-        probs = move_probs(network.process, x, log_score, law, size)
+        probs = laws_at(network, x, noise, prompts.attend)(law, size)
         drawn = rng.categorical(probs, Stream.TOKEN, k, where)
         moved = torch.where(prompts.editable, drawn, x)
         log_probs.append(tokens_log_prob(probs, moved, prompts.editable))

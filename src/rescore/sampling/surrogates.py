@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rescore.models.denoiser import ScoreNetwork
+from rescore.models.denoiser import CountedScores, ScoreNetwork
 from rescore.objectives.score_entropy import masked_log_prob, snis_log_prob
 from rescore.processes.convert import log_probs_from_score
 from rescore.processes.masked import FAR_BELOW
@@ -77,8 +77,11 @@ def masked_log_policy(
     size = flat.sum(1)
     share = (size / count.clamp(min=1)).clamp(min=0.5 / length, max=MOST_HIDDEN)  # never no noise
     canvas = torch.where(flat, mask_id, tokens)
-    log_score = network.log_score(canvas, -torch.log1p(-share), attend=attend)
-    log_p = log_probs_from_score(log_score, mask_id)
+    noise = -torch.log1p(-share)
+    if isinstance(network, CountedScores):
+        log_p = network.clean_log_probs(canvas, noise, attend=attend)
+    else:
+        log_p = log_probs_from_score(network.log_score(canvas, noise, attend=attend), mask_id)
     per_set = masked_log_prob(log_p, tokens, flat, count / size.clamp(min=1))
     filled = (size > 0).view(n_samples, n_sets).sum(1).clamp(min=1)
     return per_set.view(n_samples, n_sets).sum(1) / filled

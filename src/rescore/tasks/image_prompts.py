@@ -25,6 +25,8 @@ Judge = Callable[[Images, Sequence[str]], Any]
 
 SHARES: dict[Split, float] = {"train": 0.8, "validation": 0.1, "test": 0.1}
 """Expected share of the prompts in each split."""
+FEW = 10
+"""Fewer prompts than this are not split: all of them are in every split."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,8 @@ class ImagePrompts(ContinuousTask):
     """
 
     source: str | tuple[str, ...]
-    """A text file with a prompt in every line, or the prompts. Their text decides on the split."""
+    """A text file with a prompt in every line, or the prompts. Their text decides on the split;
+    fewer than 10 are all in every split, so that nothing is held out."""
     latents: tuple[int, int, int] = (4, 64, 64)
     """Channels, rows and columns of the latents, which the size of the images follows from."""
     judges: Mapping[str, Judge] = dataclasses.field(default_factory=lambda: {"jpeg_kb": jpeg_size})
@@ -70,6 +73,8 @@ class ImagePrompts(ContinuousTask):
     @cached_property
     def _numbers(self) -> dict[str, list[int]]:
         """Numbers of the prompts of each split."""
+        if len(self.texts) < FEW:
+            return {split: list(range(len(self.texts))) for split in get_args(Split)}
         rows = [{"text": text, "number": number} for number, text in enumerate(self.texts)]
         parts = split_by_content(rows, "text", {name: SHARES[name] for name in get_args(Split)})
         return {name: [row["number"] for row in part] for name, part in parts.items()}
@@ -112,7 +117,7 @@ class ImagePrompts(ContinuousTask):
         """Read the prompts and split them.
 
         Raises:
-            ValueError: there are too few, or none.
+            ValueError: there are none, or none fell to one of the splits.
         """
         _ = self._numbers
 

@@ -102,17 +102,19 @@ def check_same(directory: Path, run: Run) -> None:
     """Refuse to resume a run as a different one.
 
     Raises:
-        ValueError: fields other than ``steps`` differ, with both values; or ``steps`` shrinks.
+        ValueError: fields other than ``steps`` differ, with both values; or ``steps`` shrinks, or
+            grows in a run whose algorithm or decoder follows a schedule of that length.
 
     The continued run equals one that had more ``steps`` from the start, but for the evaluation at
     the end of the shorter one, if ``evaluate.every`` does not divide its steps.
     """
     old, new = read_run(directory)["config"], describe(run)
     changed = differences(old, new)
+    scheduled = run.algorithm.at(1.0) != run.algorithm or run.decoder.at(1.0) != run.decoder
     refused = {
         name: (was, now)
         for name, (was, now) in changed.items()
-        if name not in EXTENDABLE or now < was
+        if name not in EXTENDABLE or now < was or scheduled  # schedules end with the run
     }
     if refused:
         lines = [

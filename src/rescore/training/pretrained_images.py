@@ -41,7 +41,7 @@ class PretrainedPipeline(Published):
     """Folder with ``model_index.json`` and safetensors, or name of a repository on the hub."""
     guidance: float
     """Scale w of classifier-free guidance, u + w (c - u), in sampling and training; 1 turns it off.
-    Above 1 it doubles the cost of every prediction, but for Flux, whose network is told w."""
+    Above 1 it doubles the cost of every prediction. Flux dev is told w instead, also 1."""
     dtype: Dtype = "bfloat16"
     """Of the frozen weights and the text encoders; adapters and the VAE are float32."""
     gradient_checkpointing: bool = False
@@ -52,7 +52,7 @@ class PretrainedPipeline(Published):
     text_tokens: int | None = None
     """Positions of the text of SD3's and Flux's T5 encoder; None = 256 and 512, as in diffusers."""
     variant: str | None = None
-    """Of the files of weights, such as ``fp16``."""
+    """Of the files of weights, such as ``fp16``; every text encoder must have one."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.guidance < float("inf"):
@@ -82,7 +82,13 @@ class PretrainedPipeline(Published):
         schedule_of(self._config("scheduler/scheduler_config.json"))
         self._check_network(task)
         if self.text_device is not None:
-            torch.device(self.text_device)
+            try:
+                torch.device(self.text_device)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"base.text_device='{self.text_device}' is no device; expected one such as "
+                    f"'cpu' or 'cuda:1', or none"
+                ) from error
 
     def check_training(self, *, adapters: bool, precision: str) -> None:
         if self.dtype == precision == "bfloat16" and not adapters:
@@ -122,7 +128,7 @@ class PretrainedPipeline(Published):
         """See ``Published``; the latents are 8 x 8, the texts of T5 short."""
         if not isinstance(task, ImagePrompts):
             raise ValueError(f"a {type(task).__name__} has no prompts for a text-to-image model")
-        small = dataclasses.replace(self, weights=str(folder), variant=None)
+        small = dataclasses.replace(self, weights=str(folder), variant=None, text_device=None)
         if self.text_tokens is None and self.kind in ("sd3", "flux"):
             small = dataclasses.replace(small, text_tokens=16)
         if not (folder / INDEX).exists():

@@ -87,10 +87,22 @@ def rollout(world: World, step: int) -> tuple[Scored, dict[str, float]]:
         trajectory = world.models.new.sample(prompts, run.algorithm.record, rng)
         selected = run.algorithm.select(world.models, trajectory)
     clock.append((time.perf_counter(), time.process_time()))
+    if world.anywhere(not bool(trajectory.x_0.isfinite().all())):
+        raise TrainingError(
+            f"step {step}: the network made samples that are not finite; "
+            + ("look at the base model and the decoder" if step == 0 else "")
+            + ("start a new run with a lower optim.lr, or in float32" if step > 0 else "")
+        )
     scored = score(world, selected)
     clock.append((time.perf_counter(), time.process_time()))
-    with world.autocast():
-        scored = run.algorithm.annotate(world.models, scored, rng)
+    failure = None
+    try:
+        with world.autocast():
+            scored = run.algorithm.annotate(world.models, scored, rng)
+    except RewardError as error:  # of states on the way, which some methods ask about
+        failure = error
+    if world.anywhere(failure is not None):
+        raise failure or RewardError("a reward failed on another process, which says more")
     scored = gather(accelerator, scored)
     if not bool(scored.trajectory.log_prob.isfinite().all()):
         raise TrainingError(
