@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Float, UInt8
@@ -224,10 +224,11 @@ class HttpScorer:
                 f"{self._place} redirects to '{target}'; redirects are not followed, give the "
                 f"final url"
             )
+        body: Any = error.fp
         said = b""
         with suppress(OSError, http.client.HTTPException):
             while time.monotonic() < end and len(said) < 1 << 12:
-                part = error.fp.read1(1 << 12)
+                part = body.read1(1 << 12)
                 if not part:
                     break
                 said += part
