@@ -55,7 +55,7 @@ class UNetBase(Base):
 @pytest.mark.parametrize("solver", ["ddim", "two_steps"])
 @pytest.mark.parametrize("algorithm", [Ddpo(beta=0.1, n_steps=3), Dpok(), FlowGrpo()])
 def test_a_convolutional_network_trains(algorithm, solver, precision):
-    """Ratio 1 and KL 0 at the start, the laws of steps in float32, then one update that moves."""
+    """Ratio 1 and KL 0 at the start, log-probabilities summed in float64, then one update that moves."""
     run = gaussian_run(
         task=ImageTask(labels=3),
         base=UNetBase(),
@@ -67,7 +67,7 @@ def test_a_convolutional_network_trains(algorithm, solver, precision):
     world, scored = gaussian_rollout(run)
     algorithm.fit(world.models, algorithm.credit(scored))
     scored, _ = rollout(world, 1)
-    assert gaussian_path(scored.trajectory).log_prob.dtype == torch.float32
+    assert gaussian_path(scored.trajectory).log_prob.dtype == torch.float64
     assert scored.notes["ref"].dtype == torch.float32
     credited = algorithm.credit(scored)
     gap = probe(world, credited)
@@ -75,7 +75,7 @@ def test_a_convolutional_network_trains(algorithm, solver, precision):
     actions = credited.actions(credited.pairs())
     with world.autocast():
         terms = algorithm.loss(world.models, actions, SampleRng(0, torch.arange(1)))
-    assert terms.loss.dtype == torch.float32
+    assert terms.loss.dtype == torch.float64
     same = 1e-9 if precision == "float32" else 0.05  # batches of other sizes round otherwise
     assert float(terms.metrics["kl_new_ref"].max()) < same
     before = world.module.get_parameter("out.weight").detach().clone()
