@@ -55,7 +55,7 @@ class UNetBase(Base):
 @pytest.mark.parametrize("solver", ["ddim", "two_steps"])
 @pytest.mark.parametrize("algorithm", [Ddpo(beta=0.1, n_steps=3), Dpok(), FlowGrpo()])
 def test_a_convolutional_network_trains(algorithm, solver, precision):
-    """Ratio 1 and KL 0 at the start, log-probabilities summed in float64, then one update that moves."""
+    """Ratio 1 and KL 0 at the start, sums in float64, then one update that moves."""
     run = gaussian_run(
         task=ImageTask(labels=3),
         base=UNetBase(),
