@@ -56,6 +56,8 @@ from rescore.training.world import accelerator_for, build
 from rescore_recipes.mixture import mixture_score_as_action
 
 BETA = 1.0
+SHOWN = (-0.1, 0.8)
+"""J in the plot; what fails lies below."""
 METHODS: dict[str, Algorithm] = {
     "Score as Action": ScoreAsAction(
         beta=BETA, kl="continuous", critic_batch=1024, critic_epochs=2
@@ -239,6 +241,7 @@ def plot(options: Options, table: dict[tuple[str, Solver, int], list[dict[str, A
         line[0].set(ylabel="E[r] - beta KL")
     for panel in panels[-1]:
         panel.set(xlabel="steps in evaluation")
+    panels[0][0].set_ylim(*SHOWN)
     panels[0][0].legend(frameon=False, fontsize=7)
     figure.tight_layout()
     figure.savefig(options.out / "steps.svg")
