@@ -11,9 +11,12 @@ from typing import ClassVar
 import torch
 
 from rescore.models.critics import Learned
+from rescore.objectives.policy_gradient import clipped_surrogate
 from rescore.sampling.decoder import Decoder, Decoding, GaussianDecoder
+from rescore.sampling.gaussian_policy import GaussianTransition
 from rescore.sampling.policy import Models
-from rescore.sampling.record import Record
+from rescore.sampling.record import Record, Score
+from rescore.sampling.reference import kl_to_reference
 from rescore.sampling.rng import Rng
 from rescore.tasks.task import Task
 from rescore.types import Actions, Credited, Scored, Selected, Terms, Trajectory
@@ -179,3 +182,27 @@ def check_trust_region(name: str, clip: float, beta: float) -> None:
         )
     if not 0 <= beta < math.inf:
         raise ValueError(f"{name}: beta={beta} must be 0 or more, and finite")
+
+
+def clipped_steps(models: Models, actions: Actions, clip: float, beta: float) -> Terms:
+    """The clipped surrogate of each step of a random solver, plus beta KL(new || ref) of the step.
+
+    Args:
+        models: ``new`` is a ``GaussianPolicy``.
+        actions: noted with ``reference_outputs`` where ``beta`` is not 0.
+        clip: bound of the log-ratio in either direction, nats, summed over all dimensions.
+        beta: weight of the exact KL, units of the advantage per nat.
+    """
+    new = models.new.transition(actions.trajectory, actions.step, Score())
+    assert isinstance(new, GaussianTransition)
+    terms = clipped_surrogate(
+        new.log_prob,
+        actions.log_prob_old,
+        actions.advantage,
+        clip_low=-math.expm1(-clip),
+        clip_high=math.expm1(clip),
+    )
+    if beta == 0:
+        return terms
+    kl = kl_to_reference(new, actions.notes)
+    return Terms(loss=terms.loss + beta * kl, metrics={**terms.metrics, "kl_new_ref": kl.detach()})

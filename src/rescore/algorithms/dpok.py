@@ -27,15 +27,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rescore.algorithms.base import Algorithm, check_continuous, check_trust_region
+from rescore.algorithms.base import Algorithm, check_continuous, check_trust_region, clipped_steps
 from rescore.models.value import ValueCritic, value_critic_for
-from rescore.objectives.policy_gradient import clipped_surrogate
 from rescore.sampling.chunks import over_rows
 from rescore.sampling.decoder import Decoding
-from rescore.sampling.gaussian_policy import GaussianPolicy, GaussianTransition
+from rescore.sampling.gaussian_policy import GaussianPolicy
 from rescore.sampling.policy import Models
-from rescore.sampling.record import Record, Score
-from rescore.sampling.reference import kl_to_reference, reference_outputs
+from rescore.sampling.record import Record
+from rescore.sampling.reference import reference_outputs
 from rescore.sampling.rng import Rng
 from rescore.tasks.task import ContinuousTask, Task
 from rescore.types import Actions, Credited, GaussianTrajectory, Scored, State, Terms
@@ -131,22 +130,9 @@ class Dpok(Algorithm):
         )
 
     def loss(self, models: Models, actions: Actions, rng: Rng) -> Terms:
-        new = models.new.transition(actions.trajectory, actions.step, Score())
-        assert isinstance(new, GaussianTransition)
-        terms = clipped_surrogate(
-            new.log_prob,
-            actions.log_prob_old,
-            actions.advantage,
-            clip_low=-math.expm1(-self.clip),
-            clip_high=math.expm1(self.clip),
-        )
-        metrics = {**terms.metrics, "value_error": actions.advantage.square()}
-        if not self.uses_reference:
-            return Terms(loss=terms.loss, metrics=metrics)
-        kl = kl_to_reference(new, actions.notes)
-        return Terms(
-            loss=terms.loss + self.beta * kl, metrics={**metrics, "kl_new_ref": kl.detach()}
-        )
+        terms = clipped_steps(models, actions, self.clip, self.beta)
+        error = actions.advantage.square()
+        return Terms(loss=terms.loss, metrics={**terms.metrics, "value_error": error})
 
 
 def _visited(

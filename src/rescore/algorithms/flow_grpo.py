@@ -20,7 +20,6 @@ is visited. What differs from the released code is listed in docs/algorithms/flo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -32,14 +31,13 @@ from rescore.algorithms.base import (
     check_continuous,
     check_group,
     check_trust_region,
+    clipped_steps,
 )
 from rescore.objectives.advantages import standardise
-from rescore.objectives.policy_gradient import clipped_surrogate
 from rescore.sampling.decoder import Decoding
-from rescore.sampling.gaussian_policy import GaussianTransition
 from rescore.sampling.policy import Models
-from rescore.sampling.record import Record, Score
-from rescore.sampling.reference import kl_to_reference, reference_outputs
+from rescore.sampling.record import Record
+from rescore.sampling.reference import reference_outputs
 from rescore.sampling.rng import Rng
 from rescore.types import Actions, Credited, Scored, Terms
 
@@ -98,18 +96,4 @@ class FlowGrpo(Algorithm):
         return Credited(**scored.fields(), advantage=advantage, weight=weight)
 
     def loss(self, models: Models, actions: Actions, rng: Rng) -> Terms:
-        new = models.new.transition(actions.trajectory, actions.step, Score())
-        assert isinstance(new, GaussianTransition)
-        terms = clipped_surrogate(
-            new.log_prob,
-            actions.log_prob_old,
-            actions.advantage,
-            clip_low=-math.expm1(-self.clip),
-            clip_high=math.expm1(self.clip),
-        )
-        if not self.uses_reference:
-            return terms
-        kl = kl_to_reference(new, actions.notes)
-        return Terms(
-            loss=terms.loss + self.beta * kl, metrics={**terms.metrics, "kl_new_ref": kl.detach()}
-        )
+        return clipped_steps(models, actions, self.clip, self.beta)
