@@ -151,7 +151,10 @@ def test_sample_completes_a_given_puzzle(run, capsys):
 
 
 def test_sample_draws_test_prompts(run, capsys):
-    """--n of them; another seed gives other samples of the same prompts."""
+    """--n of them, from the first again after the last; another seed gives other samples."""
+    many = ok(capsys, "sample", run, "--split", "validation", "--n", 257)
+    entries = many.split("\n\n")
+    assert len(entries) == 257 and entries[0][:20] == entries[256][:20]
     text = ok(capsys, "sample", run, "--n", 3)
     assert text.count("cell_accuracy") == 3
     assert ok(capsys, "sample", run, "--n", 3, "--seed", 1) != text
@@ -300,6 +303,7 @@ def test_a_mistake_costs_one_message(arguments, words, tmp_path, monkeypatch, ca
         (["--temperature", "-1"], ["temperature"]),
         (["--device", "warp"], ["device 'warp' cannot be used here"]),
         (["--split", "tset"], ["tset", "validation"]),
+        (["--out", "sheet.png"], ["no pictures to write to sheet.png"]),
     ],
 )
 def test_mistakes_about_a_finished_run(run, options, words, capsys):

@@ -99,7 +99,7 @@ def evaluate(arguments: Sequence[str]) -> None:
 
 
 def sample(arguments: Sequence[str]) -> None:
-    """Print samples of the best checkpoint of a run: prompt, reward terms, output."""
+    """Print samples of the best checkpoint of a run: prompt, reward terms, output or a PNG file."""
     from rescore.training.session import Sampling, sample_run
 
     directory, run, options = _revisit(Sampling, "sample", sample, arguments)

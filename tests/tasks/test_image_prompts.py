@@ -1,19 +1,23 @@
 """Prompts of images: splits, numbers, and judges that are told the texts."""
 
+import warnings
 from typing import get_args
 
 import pytest
 import torch
 
-from rescore.rewards import images as image_rewards
-from rescore.rewards.images import brightness
+from rescore.rewards.images import brightness, jpeg_size
 from rescore.tasks.image_prompts import ImagePrompts
+from rescore.tasks.records import place
 from rescore.tasks.task import Split
 
 WORDS = tuple(f"a drawing of {i} apples" for i in range(40))
-_SPLIT = ImagePrompts(source=WORDS)
-ALL_TRAIN = tuple(_SPLIT.texts_of(_SPLIT.prompts("train", torch.arange(10))))
-"""Ten prompts of one split."""
+LETTERS = sorted((f"{a}{b}" for a in "abcdefghijklmnop" for b in "qrstuvwxyz"), key=place)
+"""Prompts in the order in which the cuts go through them."""
+
+
+def texts(task, split):
+    return task.texts_of(task.prompts(split, torch.arange(task.size(split))))
 
 
 def test_splits_are_by_content_and_share_none(tmp_path):
@@ -37,11 +41,50 @@ def test_splits_are_by_content_and_share_none(tmp_path):
 
 @pytest.mark.parametrize("n", [1, 3, 9])
 def test_a_few_prompts_are_in_every_split(n):
-    task = ImagePrompts(source=ALL_TRAIN[:n])
+    task = ImagePrompts(source=WORDS[:n])
     task.check()
     for split in get_args(Split):
-        prompts = task.prompts(split, torch.arange(task.size(split)))
-        assert task.texts_of(prompts) == list(ALL_TRAIN[:n])
+        assert texts(task, split) == list(WORDS[:n])
+
+
+@pytest.mark.parametrize(
+    ("fell", "sizes"),
+    [
+        ((12, 3, 2), (12, 3, 2)),
+        ((1, 4, 5), (1, 4, 5)),
+        ((10, 0, 0), (8, 1, 1)),
+        ((10, 0, 1), (9, 1, 1)),
+        ((10, 1, 0), (9, 1, 1)),
+        ((9, 2, 0), (9, 1, 1)),
+        ((9, 0, 2), (8, 1, 2)),
+        ((0, 5, 5), (1, 4, 5)),
+        ((0, 0, 10), (1, 1, 8)),
+        ((0, 10, 0), (1, 8, 1)),
+    ],
+)
+def test_ten_prompts_are_enough_for_every_split(fell, sizes):
+    """So many fell to each by their hashes; one prompt moves up for each split that was empty."""
+    bounds = ((0, 0.8), (0.8, 0.9), (0.9, 1))
+    parts = [[text for text in LETTERS if low <= place(text) < high] for low, high in bounds]
+    order = [text for part, n in zip(parts, fell, strict=True) for text in part[:n]]
+    task = ImagePrompts(source=tuple(sorted(order)))
+    task.check()
+    found = [texts(task, split) for split in get_args(Split)]
+    assert [len(part) for part in found] == list(sizes)
+    assert [text for part in found for text in sorted(part, key=place)] == order
+    assert all(part == sorted(part) for part in found)
+
+
+def test_prompts_that_differ_in_case_and_spacing_stay_together():
+    """Ten ways to write a prompt are one prompt, too few to split."""
+    alike = tuple("a red cat"[:i].upper() + "a red cat"[i:] for i in range(10) if i not in (2, 6))
+    assert len(set(alike)) > 6
+    rest = WORDS[:5]
+    task = ImagePrompts(source=(*alike, *rest))
+    assert task.size("test") == task.n_labels == len({*alike, *rest})
+    task = ImagePrompts(source=(*alike, *WORDS))
+    homes = [split for split in get_args(Split) if {*alike} & {*texts(task, split)}]
+    assert len(homes) == 1
 
 
 def test_a_prompt_is_its_number_for_the_network_and_for_rewards():
@@ -85,11 +128,15 @@ def test_judges_are_told_the_text_of_every_image():
     assert torch.equal(task.pictures(images), images)
 
 
-def test_black_batches_are_warned_of(monkeypatch):
-    monkeypatch.setattr(image_rewards, "_warned", image_rewards.threading.Event())
-    task = ImagePrompts(source=WORDS)
-    with pytest.warns(UserWarning, match="100% of 2 images are black"):
-        task.reward.terms(torch.zeros(2, 3, 8, 8), task.read(["a", "b"]))
+def test_black_batches_are_warned_of_once_in_a_run():
+    """Whatever the number of judges and batches; another run is warned again."""
+    for _ in range(2):
+        task = ImagePrompts(source=WORDS, judges={"light": brightness, "kb": jpeg_size})
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                task.reward.terms(torch.zeros(2, 3, 8, 8), task.read(["a", "b"]))
+        assert [str(w.message)[:28] for w in caught] == ["100% of 2 images are black: "]
 
 
 def test_settings_that_make_no_sense_are_refused(tmp_path):
@@ -104,7 +151,5 @@ def test_settings_that_make_no_sense_are_refused(tmp_path):
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(ValueError, match="there are no prompts"):
         ImagePrompts(source=str(tmp_path / "empty.txt")).check()
-    with pytest.raises(ValueError, match="more records"):
-        ImagePrompts(source=ALL_TRAIN).check()
     with pytest.raises(ValueError, match="start from a PretrainedPipeline"):
         ImagePrompts(source=WORDS).clean("train")

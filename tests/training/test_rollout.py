@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from gaussians import SOLVERS, LinearNetwork, gaussian_run, gaussian_world
+from rescore.algorithms.ddpo import Ddpo
 from rescore.algorithms.egspo import Egspo
 from rescore.algorithms.reinforce import Reinforce
 from rescore.models.tiny import MlpDenoiser
@@ -20,7 +23,7 @@ from rescore.sampling.record import Score
 from rescore.sampling.rng import SampleRng
 from rescore.tasks.task import Task
 from rescore.training.base import Base
-from rescore.training.optim import TrainingError
+from rescore.training.optim import Optim, TrainingError
 from rescore.training.rollout import (
     PROBE_ROWS,
     PROBE_TOLERANCE,
@@ -238,6 +241,38 @@ def test_the_probe_compares_with_what_was_recorded(off):
     small = replace(credited.trajectory, log_prob=credited.trajectory.log_prob + 1e-13)
     gap = probe(world, replace(credited, trajectory=small))
     assert gap == pytest.approx(1e-13, rel=0.05)
+
+
+@pytest.mark.parametrize("solver", ["ddim", "two_steps"])
+@pytest.mark.parametrize("effect", ["rows", "noise", "mistake", "last"])
+def test_in_bfloat16_the_probe_knows_rounding_from_mistakes(solver, effect, monkeypatch):
+    """An output that depends on the number of rows in a forward passes, or one that changes when
+    asked again; as small a difference between sampling and training does not, but where all samples
+    are of the last forward, which is smaller."""
+    run = replace(
+        gaussian_run(**SOLVERS[solver], algorithm=Ddpo(statistics="batch"), batch_size=20),
+        **{"precision": "bfloat16", "group_size": 1, "forward_rows": 8},
+        optim=Optim(micro_batch=3),
+    )
+    exact, sampling = LinearNetwork.predict, True
+
+    def predict(self: LinearNetwork, x_t: Tensor, *told: Any) -> Tensor:
+        small = {"rows": 0.002 * len(x_t), "noise": 0.002 * torch.rand(1).item()}
+        return exact(self, x_t, *told) + small.get(effect, 0.0 if sampling else 0.002)
+
+    monkeypatch.setattr(LinearNetwork, "predict", predict)
+    world = gaussian_world(run)
+    credited = every_step(world)
+    sampling = False
+    credited = replace(credited, weight=credited.trajectory.acts().to(credited.weight))
+    if effect == "last":
+        credited.weight[:16] = 0
+    if effect == "mistake":
+        with pytest.raises(TrainingError, match="in forwards of 8 rows as in sampling"):
+            probe(world, credited)
+    else:
+        gap = probe(world, credited)
+        assert gap is not None and gap > 1e-4
 
 
 def test_the_probe_leaves_no_gradient():

@@ -11,6 +11,7 @@ import base64
 import http.client
 import json
 import os
+import queue
 import re
 import struct
 import threading
@@ -19,8 +20,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
-from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -37,6 +37,8 @@ LARGEST_ANSWER = 1 << 22
 LARGEST_REWARD = torch.finfo(torch.float32).max
 WORTH_A_RETRY = (408, 425, 429, 500, 502, 503, 504)
 """Status codes of servers that may do better next time."""
+THREADS = "rescore-http"
+"""Name of the threads that wait for answers."""
 
 
 class _TryAgain(Exception):
@@ -60,14 +62,15 @@ class _Call:
 class HttpScorer:
     """Rewards of images, and of texts if there are any, from a server: see the module.
 
-    Messages and ``repr`` name the URL without its query, and never the token.
+    A run writes the URL into its run.json and shows it in messages, so there must be no secret in
+    it: one that holds a query or a password is refused. The token is never written or shown.
 
     Raises:
         ValueError: a field is out of range.
     """
 
     url: str
-    """Where requests go, http or https. Redirects are not followed."""
+    """Where requests go, http or https, without a query. Redirects are not followed."""
     batch: int = 16
     """The most images in a request."""
     workers: int = 4
@@ -92,10 +95,6 @@ class HttpScorer:
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}; expected seconds above 0")
 
-    def __repr__(self) -> str:
-        shown = {**vars(self), "url": _shown(self.url)}
-        return f"HttpScorer({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
-
     def __call__(
         self, images: Images, texts: Sequence[str] | None = None, /
     ) -> Float[Tensor, " B"]:
@@ -108,32 +107,59 @@ class HttpScorer:
         pixels, n = to_bytes(images), len(images)
         written = None if texts is None else checked_texts(texts, n)
         call = _Call(end=time.monotonic() + self.deadline, token=self._token())
-        pool = ThreadPoolExecutor(self.workers)
+        starts = range(0, n, self.batch)
         try:
-            requests = [
-                pool.submit(self._rewards, call, pixels, written, first)
-                for first in range(0, n, self.batch)
-            ]
-            done, waiting = wait(requests, self.deadline, return_when=FIRST_EXCEPTION)
-            for request in done:
-                request.result()
-            if waiting:
-                last = f"; the last failure: {call.failures[-1]}" if call.failures else ""
-                raise RewardError(
-                    f"{self._place} answered {len(done)} of {len(requests)} requests in "
-                    f"{self.deadline:g} s{last}; make the server faster, or raise deadline or "
-                    f"workers"
-                )
+            rewards = self._in_parallel(
+                call, lambda first: self._rewards(call, pixels, written, first), starts
+            )
         finally:
             call.stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-        rewards = [reward for request in requests for reward in request.result()]
-        return torch.tensor(rewards, dtype=torch.float32, device=images.device)
+        in_order = [reward for first in starts for reward in rewards[first]]
+        return torch.tensor(in_order, dtype=torch.float32, device=images.device)
+
+    def _in_parallel(
+        self, call: _Call, ask: Callable[[int], list[float]], starts: Sequence[int]
+    ) -> dict[int, list[float]]:
+        """What ``ask`` gives for every start, ``workers`` at a time; the first failure ends all.
+
+        The threads are daemons: a request that hangs does not keep the process from ending.
+        """
+        waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+        answers: queue.SimpleQueue[tuple[int, list[float] | Exception]] = queue.SimpleQueue()
+        for first in starts:
+            waiting.put(first)
+
+        def work() -> None:
+            with suppress(queue.Empty):
+                while not call.stop.is_set():
+                    first = waiting.get_nowait()
+                    try:
+                        answers.put((first, ask(first)))
+                    except Exception as error:  # raised again below
+                        answers.put((first, error))
+
+        for _ in range(min(self.workers, len(starts))):
+            threading.Thread(target=work, name=THREADS, daemon=True).start()
+        rewards: dict[int, list[float]] = {}
+        while len(rewards) < len(starts):
+            try:
+                first, answer = answers.get(timeout=max(call.end - time.monotonic(), 0))
+            except queue.Empty:
+                last = f"; the last failure: {call.failures[-1]}" if call.failures else ""
+                raise RewardError(
+                    f"{self._place} answered {len(rewards)} of {len(starts)} requests in "
+                    f"{self.deadline:g} s{last}; make the server faster, or raise deadline or "
+                    f"workers"
+                ) from None
+            if isinstance(answer, Exception):
+                raise answer
+            rewards[first] = answer
+        return rewards
 
     @property
     def _place(self) -> str:
         """The server as messages name it."""
-        return f"the reward server {_shown(self.url)}"
+        return f"the reward server {self.url}"
 
     def _token(self) -> str:
         token = os.environ.get(self.token_from, "") if self.token_from else ""
@@ -271,13 +297,8 @@ class HttpScorer:
         return repr(text if len(text) <= 80 else text[:80] + "...")
 
     def _masked(self, call: _Call, text: str) -> str:
-        """A text without the token and without the query of the URL, whole and value by value."""
-        query = urllib.parse.urlsplit(self.url).query
-        values = [part.partition("=")[2] for part in query.split("&")]
-        secrets = {call.token, query, *values, *map(urllib.parse.unquote_plus, values)} - {""}
-        longest_first = sorted(secrets, key=len, reverse=True)
-        pattern = "|".join(map(re.escape, longest_first))
-        return re.sub(pattern, "***", text) if pattern else text
+        """A text without the token."""
+        return text.replace(call.token, "***") if call.token else text
 
 
 def png(pixels: UInt8[Tensor, "H W C"]) -> bytes:
@@ -331,10 +352,11 @@ def _check_url(url: str) -> None:
             "url has no host, or characters that a URL has not; expected http://host:port/path, "
             "others written as %XX"
         )
-    if "@" in parts.netloc:
+    if "@" in parts.netloc or "?" in url or "#" in url:
         raise ValueError(
-            "url holds a user name or password, which would be written into logs; put a token into "
-            "an environment variable and name it in token_from"
+            "url holds a user name or password, a query (?...) or a fragment (#...), which would "
+            "be written into run.json; put a token into an environment variable and name it in "
+            "token_from, and settings of the server into the path"
         )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import io
-import threading
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +21,6 @@ Images = Float[Tensor, "B C H W"]
 
 MANY = 0.5
 """Fraction of black images in a batch from which on one is warned of."""
-_warned = threading.Event()
 
 
 # What every image must be
@@ -79,22 +77,21 @@ def to_bytes(images: Images) -> UInt8[Tensor, "B H W C"]:
     return levels.permute(0, 2, 3, 1).cpu().contiguous()
 
 
-def warn_if_black(images: Images) -> None:
-    """Warn, once per process, of a batch of which half or more are black, naming the fraction.
+def warn_if_black(images: Images) -> bool:
+    """Warn of a batch of which half or more are black, naming the fraction; whether it was so.
 
     Black is an image whose every value is 0 of 255. A diffusion model that was trained too hard, or
     decoded in half precision, makes such images, and many rewards have no objection to them.
     """
-    if _warned.is_set():
-        return
     fraction = (checked(images).flatten(1).amax(1) * 255 < 0.5).float().mean().item()
-    if fraction >= MANY:
-        _warned.set()
+    many = fraction >= MANY
+    if many:
         warnings.warn(
             f"{fraction:.0%} of {len(images)} images are black: look at the samples; lower the "
             f"learning rate, raise the KL coefficient, or decode in float32",
             stacklevel=2,
         )
+    return many
 
 
 # Rewards

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -16,15 +17,15 @@ from torch import Tensor
 from rescore.models.images import PROMPT
 from rescore.rewards.images import Images, jpeg_size, warn_if_black
 from rescore.rewards.reward import Reward, RewardFunction
-from rescore.tasks.records import split_by_content
+from rescore.tasks.records import content, place
 from rescore.tasks.task import ContinuousTask, Split
 from rescore.types import Conditions, Given, Points, State
 
 Judge = Callable[[Images, Sequence[str]], Any]
 """A reward: images [B 3 H W] in [0, 1] and the text of each, to one number per image."""
 
-SHARES: dict[Split, float] = {"train": 0.8, "validation": 0.1, "test": 0.1}
-"""Expected share of the prompts in each split."""
+CUTS = (0.8, 0.9)
+"""Places between 0 and 1 at which validation and test begin."""
 FEW = 10
 """Fewer prompts than this are not split: all of them are in every split."""
 
@@ -38,8 +39,9 @@ class ImagePrompts(ContinuousTask):
     """
 
     source: str | tuple[str, ...]
-    """A text file with a prompt in every line, or the prompts. Their text decides on the split;
-    fewer than 10 are all in every split, so that nothing is held out."""
+    """A text file with a prompt in every line, or the prompts. The hash of its text decides on the
+    split of each: 8, 1 and 1 in ten are expected, and every split gets one. Fewer than 10 are all
+    in every split, so that nothing is held out. Case and spacing do not count."""
     latents: tuple[int, int, int] = (4, 64, 64)
     """Channels, rows and columns of the latents, which the size of the images follows from."""
     judges: Mapping[str, Judge] = dataclasses.field(default_factory=lambda: {"jpeg_kb": jpeg_size})
@@ -72,17 +74,31 @@ class ImagePrompts(ContinuousTask):
 
     @cached_property
     def _numbers(self) -> dict[str, list[int]]:
-        """Numbers of the prompts of each split."""
-        if len(self.texts) < FEW:
-            return {split: list(range(len(self.texts))) for split in get_args(Split)}
-        rows = [{"text": text, "number": number} for number, text in enumerate(self.texts)]
-        parts = split_by_content(rows, "text", {name: SHARES[name] for name in get_args(Split)})
-        return {name: [row["number"] for row in part] for name, part in parts.items()}
+        """Numbers of the prompts of each split, in the order of the source.
+
+        A cut that would leave a split empty moves by one prompt.
+        """
+        places = [place(content({"text": text}, "text")) for text in self.texts]
+        known = sorted(set(places))
+        if len(known) < FEW:
+            return {split: list(range(len(places))) for split in get_args(Split)}
+        test = min(max(bisect_left(known, CUTS[1]), 2), len(known) - 1)
+        validation = min(max(bisect_left(known, CUTS[0]), 1), test - 1)
+        ends = (0.0, known[validation], known[test], 1.0)
+        return {
+            split: [number for number, here in enumerate(places) if low <= here < high]
+            for split, low, high in zip(get_args(Split), ends[:-1], ends[1:], strict=True)
+        }
 
     @cached_property
     def _typed(self) -> list[str]:
         """Prompts that a person typed, with the numbers after those of the source."""
         return []
+
+    @cached_property
+    def _warned(self) -> set[str]:
+        """What was warned of already: once is enough in a run."""
+        return set()
 
     def text(self, number: int) -> str:
         """The prompt with this number."""
@@ -103,21 +119,22 @@ class ImagePrompts(ContinuousTask):
 
     @property
     def reward(self) -> Reward:
-        """The judges, told the texts; one is warned of batches of black images."""
+        """The judges, told the texts; the first batch of black images is warned of."""
         functions: dict[str, RewardFunction] = {
             name: partial(self._judge, judge) for name, judge in self.judges.items()
         }
         return Reward(functions, self.weights)
 
     def _judge(self, judge: Judge, images: State, prompts: Given, /) -> Any:
-        warn_if_black(images)
+        if "black" not in self._warned and warn_if_black(images):
+            self._warned.add("black")
         return judge(images, self.texts_of(prompts))
 
     def check(self) -> None:
         """Read the prompts and split them.
 
         Raises:
-            ValueError: there are none, or none fell to one of the splits.
+            ValueError: there are none.
         """
         _ = self._numbers
 
@@ -157,9 +174,9 @@ class ImagePrompts(ContinuousTask):
         return _conditions(torch.tensor(numbers))
 
     def show(self, sample: State, /) -> str:
-        """What there is to say of latents without their decoder."""
-        sizes = " x ".join(map(str, sample.shape))
-        return f"latents {sizes}, mean {sample.mean():.3f}, standard deviation {sample.std():.3f}"
+        """What there is to say of an image in a line."""
+        height, width = sample.shape[1:]
+        return f"an image of {height} x {width} pixels, brightness {sample.mean():.2f}"
 
     def show_prompt(self, prompts: Given, row: int) -> str:
         return self.text(int(prompts.info[PROMPT][row]))

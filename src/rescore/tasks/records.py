@@ -154,13 +154,17 @@ def content(record: Record, key: str) -> str:
     return "".join(record[key].casefold().split())
 
 
+def place(text: str) -> float:
+    """Where in [0, 1) the hash of a text falls."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48
+
+
 def _part(text: str, shares: Mapping[str, float]) -> str:
-    """Where in [0, 1) the hash of a text falls, cut by the shares."""
-    place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48
-    end = 0.0
+    """The share in which the place of a text lies."""
+    end, here = 0.0, place(text)
     for name, share in shares.items():
         end += share
-        if place < end:
+        if here < end:
             return name
     return list(shares)[-1]  # the shares add up to 1 but for rounding
 

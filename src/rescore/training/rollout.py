@@ -12,7 +12,9 @@ from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rescore.processes.gaussian import TwoStep
 from rescore.rewards.reward import RewardError
+from rescore.sampling.gaussian_policy import GaussianPolicy
 from rescore.sampling.rng import SampleRng
 from rescore.training.optim import TrainingError
 from rescore.training.run import Run
@@ -34,7 +36,8 @@ PROBE_TOLERANCE = {
 }
 """Mean and largest difference allowed, in nats per action, between recorded and replayed
 log-probabilities. In bfloat16 neighbouring logits near 20 are 0.125 apart, so single steps may
-differ by that; a systematic difference shows in the mean."""
+differ by that; a systematic difference shows in the mean. Steps of continuous samples: times
+the root of the dimensions."""
 PROBE_ROWS = 512
 """Actions replayed by the probe."""
 
@@ -196,7 +199,8 @@ def gather(accelerator: Accelerator, scored: Scored) -> Scored:
 def probe(world: World, credited: Credited) -> float | None:
     """Put actions to the loss before the first update, where every ratio must be 1.
 
-    Rounding grows with the sums that a log-probability is made of, see ``summands``.
+    Rounding grows with the sums that a log-probability is made of, see ``summands``. In bfloat16
+    steps of continuous samples are also looked at by ``probe_alike``.
 
     Returns:
         The largest |log ratio|, nats per step; None if nothing is trained on in this batch.
@@ -209,14 +213,8 @@ def probe(world: World, credited: Credited) -> float | None:
         return None
     generator = torch.Generator().manual_seed(run.seed)  # an even stride could miss steps
     pairs = pairs[torch.randperm(len(pairs), generator=generator)[:PROBE_ROWS].sort().values]
-    gaps = []
-    for part in pairs.split(run.optim.micro_batch):
-        actions = credited.actions(part)
-        rng = SampleRng(run.seed, actions.trajectory.prompts.sample_id)
-        with world.autocast(), torch.no_grad():
-            ratio = run.algorithm.loss(world.models, actions, rng).metrics["ratio"]
-        gaps.append(ratio.log().abs() / summands(actions))
-    gap = torch.cat(gaps).nan_to_num(nan=math.inf)
+    parts = pairs.split(run.optim.micro_batch)
+    gap = torch.cat([log_ratios(world, credited, part) for part in parts]).nan_to_num(nan=math.inf)
     mean, worst = gap.mean().item(), gap.max().item()
     tolerance = PROBE_TOLERANCE[run.precision]
     if not (mean <= tolerance[0] and worst <= tolerance[1]):
@@ -228,7 +226,54 @@ def probe(world: World, credited: Credited) -> float | None:
             f"statistics, other global state, rows that influence each other, or weights that are "
             f"not finite"
         )
+    narrow = run.precision == "bfloat16" and run.algorithm.uses_likelihood
+    if narrow and isinstance(world.models.new, GaussianPolicy):
+        probe_alike(world, world.models.new, credited, pairs)
     return worst
+
+
+def probe_alike(
+    world: World, policy: GaussianPolicy, credited: Credited, pairs: Int[Tensor, "N 2"]
+) -> None:
+    """Put actions to the loss beside as many others as there were in the sampler's forwards.
+
+    In bfloat16 what a network says of a row depends on how many rows are beside it, by as much as a
+    wrong timestep changes it. Beside as many as in sampling it says the same to the last bit, so
+    that float32's bound holds and shows mistakes below the rounding. Nothing is demanded where
+    kernels give another result when asked again, or where the memory is too small.
+
+    Raises:
+        TrainingError: a ratio is too far from 1.
+    """
+    share = world.run.batch_size // world.accelerator.num_processes
+    rows = min(policy.forward_rows, share)
+    n = rows // 2 if isinstance(policy.steps, TwoStep) else rows  # which looks at two states
+    alike = pairs[pairs[:, 0] % share < share // rows * rows]  # the last forward may be smaller
+    if rows not in (n, 2 * n) or not len(alike):
+        return
+    whole = alike[torch.arange(math.ceil(len(alike) / n) * n) % len(alike)].split(n)
+    try:
+        gaps = [log_ratios(world, credited, part) for part in (whole[0], *whole)]
+    except torch.OutOfMemoryError:
+        return
+    worst, bound = torch.cat(gaps).max().item(), PROBE_TOLERANCE["float32"][1]
+    if torch.equal(gaps[0], gaps[1]) and not worst <= bound:
+        raise TrainingError(
+            f"replayed log-probabilities differ from the recorded ones by {worst:.3g} nat per step "
+            f"and root of the dimensions (at most {bound:g}), in forwards of {rows} rows as in "
+            f"sampling, where nothing is rounded in another way: what is computed must differ, "
+            f"such as times, guidance, prompts or stored states; if memory ran short in sampling, "
+            f"lower forward_rows"
+        )
+
+
+def log_ratios(world: World, credited: Credited, pairs: Int[Tensor, "N 2"]) -> Float[Tensor, " N"]:
+    """|log ratio| of a micro-batch, over its ``summands``."""
+    actions = credited.actions(pairs)
+    rng = SampleRng(world.run.seed, actions.trajectory.prompts.sample_id)
+    with world.autocast(), torch.no_grad():
+        ratio = world.run.algorithm.loss(world.models, actions, rng).metrics["ratio"]
+    return ratio.log().abs() / summands(actions)
 
 
 def summands(actions: Actions) -> Float[Tensor, " N"]:

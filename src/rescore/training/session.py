@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from jaxtyping import Float
 from rich.console import Console as Terminal
 from torch import Tensor, nn
 
@@ -42,7 +43,9 @@ from rescore.training.world import (
 )
 
 SHEET = 32
-"""Images in a sheet of samples."""
+"""Images in a sheet of samples in the report."""
+SAMPLED = Path("samples") / "sampled.png"
+"""Where ``rescore sample`` puts pictures, in the run directory, if nothing else is said."""
 
 
 def start(run: Run, origin: Origin, out: Path, *, resume: bool) -> Path:
@@ -207,8 +210,13 @@ def write_samples(world: World, base: Policy, best: Policy, number: int, out: Pa
                 sampled = policy.sample(prompts, Record(), SampleRng(seed, rows)).x_0
             images = task.pictures(policy.finished(sampled))
             if images is not None:
-                (out / "samples").mkdir(exist_ok=True)
-                write_atomic(out / "samples" / f"{label}.png", sheet(images))
+                write_sheet(images, out / "samples" / f"{label}.png")
+
+
+def write_sheet(images: Float[Tensor, "n C H W"], path: Path) -> None:
+    """Images as a PNG file, up to eight in a row; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, sheet(images, columns=min(8, len(images))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,9 +252,12 @@ class Sampling(Evaluation):
     """What to sample from the best checkpoint of a run."""
 
     n: int = 2
-    """How many prompts of the split, if none are given."""
+    """How many samples, of the first prompts of the split, if none are given; from the first one
+    again where the split ends."""
     prompts: tuple[str, ...] = ()
     """Prompts as text, such as 16-character Sudokus."""
+    out: Path | None = None
+    """PNG file for samples that are pictures; default samples/sampled.png in the run directory."""
 
 
 def evaluate_run(run: Run, directory: Path, options: Evaluation) -> dict[str, Any]:
@@ -270,21 +281,28 @@ def evaluate_run(run: Run, directory: Path, options: Evaluation) -> dict[str, An
 def sample_run(run: Run, directory: Path, options: Sampling) -> list[str]:
     """Prompt, reward terms and output of a run's best checkpoint as text, one entry per prompt.
 
+    Samples that are pictures also go, in order, into a PNG file, which the last entry names.
+
     Raises:
-        ValueError: as ``evaluate_run``; or a given prompt is not valid.
+        ValueError: as ``evaluate_run``; a given prompt is not valid; or there are no pictures to
+            write where the options say.
     """
     task = run.task
     if options.prompts:
         prompts = task.read(options.prompts)
     else:
-        prompts = task.prompts(options.split, torch.arange(options.n))
+        prompts = task.prompts(options.split, torch.arange(options.n) % task.size(options.split))
     world = best_world(run, directory, options, options.decoder)
     prompts = prompts.to(world.accelerator.device)
     with world.autocast():
         rng = SampleRng(options.seed, prompts.sample_id)
-        outputs = world.models.new.sample(prompts, Record(), rng).x_0
-    terms = task.reward.terms(world.models.new.finished(outputs), prompts)
-    return [
+        sampled = world.models.new.sample(prompts, Record(), rng).x_0
+    outputs = world.models.new.finished(sampled)
+    images = task.pictures(outputs) if isinstance(task, ContinuousTask) else None
+    if images is None and options.out is not None:
+        raise ValueError(f"samples of this run are no pictures to write to {options.out}")
+    terms = task.reward.terms(outputs, prompts)
+    entries = [
         "\n".join(
             [
                 task.show_prompt(prompts, i),
@@ -294,6 +312,11 @@ def sample_run(run: Run, directory: Path, options: Sampling) -> list[str]:
         )
         for i in range(prompts.n_samples)
     ]
+    if images is None:
+        return entries
+    path = options.out or directory / SAMPLED
+    write_sheet(images, path)
+    return [*entries, f"pictures: {path}"]
 
 
 def best_world(run: Run, directory: Path, options: Loading, decoder: Decoding) -> World:
@@ -307,7 +330,6 @@ def best_world(run: Run, directory: Path, options: Loading, decoder: Decoding) -
     step = checkpoint.latest(directory / "checkpoints")
     if step is None:
         raise CheckpointError(f"{directory} has no complete checkpoint")
-    run = dataclasses.replace(run, decoder=decoder)
     accelerator = accelerator_for(run)
     note = Console(str(directory), run.steps, terminal=Terminal(stderr=True)).note
     module = build_base(run, accelerator, note)
@@ -319,6 +341,9 @@ def best_world(run: Run, directory: Path, options: Loading, decoder: Decoding) -
             f"the adapters of {directory} belong to another base (sha256 {digest[:12]}, expected "
             f"{saved['base_sha256'][:12]}); restore that base to use them"
         )
+    world.run = dataclasses.replace(run, decoder=decoder)  # which need not suit the algorithm
+    policy = policy_with(as_network(module, world.run), world.run)
+    world.models = dataclasses.replace(world.models, new=policy)
     world.state.best_step = saved["best_step"]
     load_best(world, directory / "checkpoints")
     return world
