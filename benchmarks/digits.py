@@ -1,6 +1,6 @@
 """Table and figures of docs/algorithms/score-as-action.md: methods on digits, samples matched.
 
-    python benchmarks/digits.py --out runs/digits      # about 35 CPU-minutes on one core
+    python benchmarks/digits.py --out runs/digits      # about 70 CPU-minutes on one core
     python benchmarks/digits.py --out runs/digits --methods A DDPO --seeds 0 --lengths
 
 Every run draws the same number of samples. Each seed trains its own base, which the methods share.
@@ -25,9 +25,10 @@ import torch
 import tyro
 
 from rescore import cli
+from rescore.evaluation.path_kl import path_kl
 from rescore.sampling.decoder import GaussianDecoder
 from rescore.sampling.gaussian_policy import GaussianPolicy
-from rescore.sampling.record import Record, Score
+from rescore.sampling.record import Record
 from rescore.sampling.rng import SampleRng
 from rescore.tasks.digits import Digits
 from rescore.training.run import Run
@@ -43,10 +44,8 @@ METHODS = {
     "DPOK": digits.digits_dpok,
 }
 """Method to its recipe; A and B are the two losses of Score as Action."""
-FREE = ("A", "DDPO", "DPOK")
-"""Methods that are also trained at other numbers of steps."""
-DECODED = (2, 5, 10, 25, 50)
-"""Steps that those are decoded with."""
+DECODED = (2, 5, 10, 25, 50, 200)
+"""Steps that policies trained at ``lengths`` are decoded with."""
 COLUMNS = (
     "reward",
     "kl",
@@ -74,7 +73,7 @@ class Options:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the runs."""
     lengths: tuple[int, ...] = (5, 25)
-    """Numbers of steps that the methods in ``FREE`` are also trained at; empty: none."""
+    """Numbers of steps that the methods are also trained at; empty: none."""
 
 
 def base_of(run: Run) -> GaussianPolicy:
@@ -96,18 +95,8 @@ def best_of(run: Run, directory: Path) -> GaussianPolicy:
 def sampled(run: Run, policy: GaussianPolicy) -> GaussianTrajectory:
     """Paths of the test prompts, on the same noise for every policy."""
     prompts = run.task.prompts("test", torch.arange(N))
-    return policy.sample(prompts, Record(moves="all"), SampleRng(run.seed, prompts.sample_id))
-
-
-@torch.no_grad()
-def path_kl(policy: GaussianPolicy, ref: GaussianPolicy, path: GaussianTrajectory) -> float:
-    """Mean over paths of the sum over steps of KL(policy || ref), nats."""
-    total = torch.zeros(len(path.x_0))
-    for k in range(path.n_steps):
-        step = torch.full((len(path.x_0),), k)
-        new, old = (p.transition(path, step, Score()) for p in (policy, ref))
-        total += new.kl(old)
-    return total.mean().item()
+    record = Record(moves="all", outputs=True)
+    return policy.sample(prompts, record, SampleRng(run.seed, prompts.sample_id))
 
 
 def measure(run: Run, policy: GaussianPolicy, ref: GaussianPolicy) -> dict[str, float]:
@@ -116,7 +105,7 @@ def measure(run: Run, policy: GaussianPolicy, ref: GaussianPolicy) -> dict[str, 
     path = sampled(run, policy)
     figures = run.task.metrics(path.x_0, path.prompts)
     reward = run.task.reward.terms(path.x_0, path.prompts)["log_prob"].mean().item()
-    kl = path_kl(policy, ref, path) if policy.decoder.is_random else float("nan")
+    kl = path_kl(ref, path).mean().item() if policy.decoder.is_random else float("nan")
     return {"reward": reward, "kl": kl, "objective": reward - kl, **figures}
 
 
@@ -196,15 +185,19 @@ def compare(options: Options) -> None:
     plot_frontier(options, steps, best)
 
 
-def course(directory: Path, steps: int, width: int = 5) -> tuple[list[float], list[float]]:
+def course(
+    method: str, directory: Path, steps: int, width: int = 5
+) -> tuple[list[float], list[float]]:
     """KL of whole paths and reward of the rollouts of a run, means over ``width`` of them.
 
-    The last step draws no noise, so steps - 1 have a KL.
+    The log has the mean KL of the trained steps. The last draws no noise and has none: methods with
+    a likelihood leave it out.
     """
+    trained = steps - METHODS[method]().algorithm.uses_likelihood
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").open()]
     rows = [row for row in rows if "kl_new_ref" in row]
     blocks = [rows[i : i + width] for i in range(0, len(rows) - width + 1, width)]
-    kl = [(steps - 1) * statistics.mean(row["kl_new_ref"] for row in block) for block in blocks]
+    kl = [trained * statistics.mean(row["kl_new_ref"] for row in block) for block in blocks]
     return kl, [statistics.mean(row["reward"] for row in block) for block in blocks]
 
 
@@ -214,7 +207,7 @@ def plot_frontier(options: Options, steps: int, best: list[dict[str, float]]) ->
     figure, panel = pyplot.subplots(figsize=(5.4, 4.0))
     for number, method in enumerate(options.methods):
         for seed in options.seeds:
-            kl, reward = course(options.out / f"{method}-{steps}-{seed}", steps)
+            kl, reward = course(method, options.out / f"{method}-{steps}-{seed}", steps)
             label = method if seed == options.seeds[0] else None
             panel.plot(kl, reward, color=f"C{number}", alpha=0.7, linewidth=1, label=label)
             panel.plot(kl[-1:], reward[-1:], "o", color=f"C{number}", markersize=4)
@@ -234,12 +227,11 @@ def free_lengths(options: Options) -> None:
         f"| method | trained at | {' | '.join(shown)} |",
         "|---" * (len(shown) + 2) + "|",
     ]
-    methods = [method for method in options.methods if method in FREE]
-    pyplot = matplotlib_pyplot()
+    pyplot, n_methods = matplotlib_pyplot(), len(options.methods)
     figure, panels = pyplot.subplots(
-        1, len(methods), figsize=(3.2 * len(methods), 3.2), sharey=True, squeeze=False
+        1, n_methods, figsize=(3.0 * n_methods, 3.2), sharey=True, squeeze=False
     )
-    for panel, method in zip(panels[0], methods, strict=True):
+    for panel, method in zip(panels[0], options.methods, strict=True):
         for steps in options.lengths:
             cells = [cell(method, steps, seed, options.out) for seed in options.seeds]
             rewards = [[cell[label]["reward"] for cell in cells] for label in shown]

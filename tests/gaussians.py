@@ -15,15 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from rescore.algorithms.reinforce import Reinforce
 from rescore.processes.convert import Prediction
-from rescore.processes.gaussian import (
-    AffineStep,
-    GaussianSchedule,
-    RectifiedFlow,
-    TwoStep,
-    VariancePreserving,
-)
+from rescore.processes.gaussian import AffineStep, TwoStep
+from rescore.processes.gaussian_schedules import GaussianSchedule, RectifiedFlow, VariancePreserving
 from rescore.rewards.reward import Reward, RewardFunction
 from rescore.sampling.decoder import GaussianDecoder
 from rescore.sampling.gaussian_policy import GaussianPolicy
@@ -37,8 +31,7 @@ from rescore.training.loop import train
 from rescore.training.optim import Optim
 from rescore.training.rollout import rollout
 from rescore.training.run import Evaluate, Run
-from rescore.training.session import build_base
-from rescore.training.world import World, accelerator_for, build, load_state
+from rescore.training.world import World, load_state
 from rescore.types import (
     Conditions,
     Credited,
@@ -48,6 +41,8 @@ from rescore.types import (
     Scored,
     Trajectory,
 )
+from tiny import tiny_run
+from tiny import tiny_world as gaussian_world
 
 MEAN, STD = 0.5, 0.7
 """Of the data, in every coordinate."""
@@ -196,26 +191,13 @@ class GaussianBase(Base):
 
 def gaussian_run(**changes: Any) -> Run:
     """Four steps of REINFORCE in well under a second; the last of five moves draws no noise."""
-    run = Run(
+    run = tiny_run(
         task=GaussianTask(),
         base=GaussianBase(),
         decoder=GaussianDecoder(steps=5),
-        algorithm=Reinforce(),
-        steps=4,
-        batch_size=16,
-        group_size=4,
         optim=Optim(lr=0.02, warmup=2, micro_batch=64),
-        evaluate=Evaluate(every=2, n=6, n_test=6),
-        save_every=2,
-        precision="float64",
     )
     return replace(run, **changes)
-
-
-def gaussian_world(run: Run) -> World:
-    """What ``run`` is made of, before its first step."""
-    accelerator = accelerator_for(run)
-    return build(run, build_base(run, accelerator, lambda line: None), accelerator)
 
 
 SOLVERS: dict[str, dict[str, Any]] = {
@@ -234,6 +216,13 @@ def gaussian_rollout(run: Run, step: int = 0) -> tuple[World, Scored]:
     """The world of ``run`` and one of its rollouts, sampled, judged and annotated."""
     world = gaussian_world(run)
     return world, rollout(world, step)[0]
+
+
+def second_rollout(run: Run) -> tuple[World, Scored]:
+    """The world of ``run`` and its second rollout: a critic has learned from the first."""
+    world, first = gaussian_rollout(run)
+    run.algorithm.fit(world.models, run.algorithm.credit(first))
+    return world, rollout(world, 1)[0]
 
 
 def move(world: World, by: float) -> None:

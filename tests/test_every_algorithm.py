@@ -164,8 +164,10 @@ every_case = pytest.mark.parametrize(
 def models_of(algorithm: Algorithm, kind: str, policy: Policy) -> Models:
     ref, critic = WORLDS[kind][2] if algorithm.uses_reference else None, None
     if algorithm.uses_critic:
-        continuous = isinstance(policy, GaussianPolicy)
-        critic = algorithm.critic(TASK, 0) if continuous else critic_for(prompts(), V + 1, 0)
+        if isinstance(policy, GaussianPolicy):
+            critic = algorithm.critic(TASK, policy.decoder, 0)
+        else:
+            critic = critic_for(prompts(), V + 1, 0)
         assert isinstance(critic, Critic | ValueCritic)
         critic.fitted.fill_(1)  # before that there is nothing to train on
     return Models(policy, ref, critic)

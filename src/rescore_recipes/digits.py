@@ -43,7 +43,7 @@ def digits_score_as_action() -> Run:
         steps=50,
         batch_size=128,
         group_size=1,
-        optim=Optim(lr=5e-4, mini_batches=2),
+        optim=Optim(lr=2e-4, mini_batches=2),
         evaluate=Evaluate(every=25, n=256, n_test=640),
         save_every=25,
     )

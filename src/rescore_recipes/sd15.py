@@ -11,6 +11,8 @@ project, so no result is stated.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rescore.algorithms.ddpo import Ddpo
 from rescore.algorithms.score_as_action import ScoreAsAction
 from rescore.models.finetune import Lora
@@ -32,8 +34,6 @@ ANIMALS = (
     "turkey", "turtle", "whale", "wolf", "zebra",
 )
 # fmt: on
-WEIGHTS = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-DECODER = GaussianDecoder(steps=50, solver="ddim", eta=1.0, spacing="leading", offset=1)
 
 
 def sd15_ddpo() -> Run:
@@ -46,9 +46,12 @@ def sd15_ddpo() -> Run:
     return Run(
         task=ImagePrompts(source=ANIMALS),
         base=PretrainedPipeline(
-            kind="sd15", weights=WEIGHTS, guidance=5.0, gradient_checkpointing=True
+            kind="sd15",
+            weights="stable-diffusion-v1-5/stable-diffusion-v1-5",
+            guidance=5.0,
+            gradient_checkpointing=True,
         ),
-        decoder=DECODER,
+        decoder=GaussianDecoder(steps=50, solver="ddim", eta=1.0, spacing="leading", offset=1),
         algorithm=Ddpo(clip=1e-4 * 4 * 64 * 64),
         steps=100,
         batch_size=256,
@@ -78,12 +81,10 @@ def sd15_score_as_action() -> Run:
     model with the reward of what every state stands for, which costs 50 decodings per image; the
     reward and the prompts; bfloat16.
     """
-    return Run(
-        task=ImagePrompts(source=ANIMALS),
-        base=PretrainedPipeline(
-            kind="sd15", weights=WEIGHTS, guidance=7.0, gradient_checkpointing=True
-        ),
-        decoder=DECODER,
+    run = sd15_ddpo()
+    return replace(
+        run,
+        base=replace(run.base, guidance=7.0),
         algorithm=ScoreAsAction(
             form="ppo",
             beta=0.0,
@@ -93,21 +94,7 @@ def sd15_score_as_action() -> Run:
             clip_high=0.28,
             advantage_clip=5.0,
         ),
-        steps=100,
         batch_size=128,
         group_size=4,
-        forward_rows=16,
-        lora=Lora(rank=4, alpha=4, targets=ATTENTION),
-        optim=Optim(
-            lr=5e-5,
-            betas=(0.9, 0.999),
-            weight_decay=1e-4,
-            warmup=0,
-            mini_batches=2,
-            micro_batch=16,
-        ),
-        evaluate=Evaluate(every=10, n=64, n_test=64),
-        save_every=10,
-        precision="bfloat16",
-        device="cuda",
+        optim=replace(run.optim, lr=5e-5, mini_batches=2),
     )

@@ -16,14 +16,17 @@ from gaussians import (
 )
 from rescore.algorithms.score_as_action import ScoreAsAction
 from rescore.models.value import ValueCritic
-from rescore.processes.gaussian import AffineStep, RectifiedFlow, continuous_kl
+from rescore.processes.gaussian import AffineStep, continuous_kl
+from rescore.processes.gaussian_schedules import RectifiedFlow
 from rescore.rewards.reward import RewardError
 from rescore.sampling.decoder import Decoder, GaussianDecoder
 from rescore.sampling.record import Score
 from rescore.sampling.rng import SampleRng
+from rescore.sampling.values import visited
+from rescore.training.directory import Origin
 from rescore.training.optim import Optim, TrainingError
 from rescore.training.rollout import probe, rollout
-from rescore.training.session import start
+from rescore.training.session import Evaluation, evaluate_run, start
 from rescore.training.update import update
 from rescore.types import Credited, Scored
 
@@ -95,12 +98,25 @@ def test_increments_telescope_to_the_return_less_the_first_value(decoder):
     policy, first = gaussian_policy(world.models.new), torch.zeros(len(path.x_0), dtype=torch.long)
     with torch.no_grad():
         skip = torch.zeros(len(first))  # cos_sin judges nothing at t = 1
-        x, t = path.state(first), policy.times[first]
-        value = critic_of(world).value(x, t, {}, skip)
+        x, t, inputs = visited(policy, path, torch.arange(64), first)
+        value = critic_of(world).value(x, t, inputs, skip)
     expected = scored.reward - value - 0.3 * kl.sum(1)
     assert credited.step.tolist() == [list(range(5))] * 64
     torch.testing.assert_close(scored.notes["kl"], kl)
     torch.testing.assert_close(credited.advantage.sum(1), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_critic_is_shown_what_its_solver_looks_at():
+    """One state, or of two-step solvers that before it too; time 0 after the last step."""
+    sample, step = torch.tensor([0, 1, 2]), torch.tensor([0, 3, 5])
+    for solver in ("ddim", "dpm_solver_2m_sde"):
+        world = world_of(GaussianDecoder(steps=5, solver=solver))
+        scored, _ = scored_and_credited(world)
+        path, policy = gaussian_path(scored.trajectory), gaussian_policy(world.models.new)
+        x, t, _ = visited(policy, path, sample, step)
+        expected = [path.path[[0, 1, 2], [0, 3, 5]], path.path[[0, 1, 2], [0, 2, 4]]]
+        assert torch.equal(x, torch.cat(expected[: 1 + (solver != "ddim")], 1))
+        assert torch.equal(t, torch.stack([policy.times[0], policy.times[3], torch.zeros(())]))
 
 
 @pytest.mark.parametrize("form", ["ppo", "score_gradient"])
@@ -196,8 +212,24 @@ def test_steps_without_noise_are_neither_trained_nor_whitened():
     world = world_of(GaussianDecoder(steps=5), whitening="per_step")
     _, credited = scored_and_credited(world)
     assert (credited.weight[:, :4] == 1 / 64).all() and (credited.weight[:, 4] == 0).all()
-    some = world_of(GaussianDecoder(steps=5), form="score_gradient", kl="continuous")
-    assert (scored_and_credited(some)[1].weight == 1 / 64).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "trained"),
+    [
+        ({"kl": "continuous"}, 5),
+        ({"beta": 0.0}, 5),
+        ({}, 4),
+        ({"beta": 0.0, "proximal": 0.1}, 4),
+        ({"beta": 0.0, "beta_end": 0.1}, 4),
+    ],
+    ids=str,
+)
+def test_a_step_without_noise_is_trained_unless_it_should_cost_and_cannot(options, trained):
+    """It has no KL, so that with beta it would earn without paying."""
+    world = world_of(GaussianDecoder(steps=5), form="score_gradient", **options)
+    weight = scored_and_credited(world)[1].weight
+    assert (weight[:, :trained] == 1 / 64).all() and (weight[:, trained:] == 0).all()
 
 
 @pytest.mark.parametrize("form", ["ppo", "score_gradient"])
@@ -205,10 +237,9 @@ def test_some_steps_at_random_count_for_all(form):
     world = world_of(GaussianDecoder(steps=5), form=form, n_steps=2)
     whole = world_of(GaussianDecoder(steps=5), form=form)
     few, all_of_them = scored_and_credited(world)[1], None
-    n = 4 if form == "ppo" else 5
-    assert few.step.shape == (64, 2) and set(few.step.flatten().tolist()) == set(range(n))
+    assert few.step.shape == (64, 2) and set(few.step.flatten().tolist()) == {0, 1, 2, 3}
     assert (few.step[:, 0] != few.step[:, 1]).all()
-    torch.testing.assert_close(few.weight, torch.full_like(few.weight, n / 2 / 64))
+    torch.testing.assert_close(few.weight, torch.full_like(few.weight, 4 / 2 / 64))
     critic_of(whole).restore(critic_of(world).saved())
     all_of_them = whole.run.algorithm.credit(rollout(whole, 1)[0])
     rows = torch.arange(64)[:, None]
@@ -390,8 +421,6 @@ def test_labels_reach_network_and_critic():
 
 
 def test_a_run_resumes_to_the_same_bits(tmp_path):
-    from rescore.training.directory import Origin
-
     def run(out, steps, resume=False):
         described = gaussian_run(algorithm=saa(), decoder=EULER, steps=steps, save_every=2)
         start(described, Origin(recipe="here", arguments=()), out, resume=resume)
@@ -453,16 +482,52 @@ def test_a_black_box_reward_is_refused_where_it_must_be_differentiated():
     rollout(world_of(task=task, form="score_gradient", design="plain"), 0)
 
 
-def test_infinite_g2_is_refused_with_what_to_do():
+GRADIENT = {"form": "score_gradient", "weighting": "continuous", "design": "plain"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "asked", "instead"),
+    [
+        ({"kl": "continuous"}, "kl='continuous'", "kl='step'"),
+        ({**GRADIENT, "beta": 0.0}, "weighting='continuous'", "weighting='solver'"),
+        (
+            {**GRADIENT, "beta": 0.0, "proximal": 0.1, "kl": "continuous"},
+            "kl='continuous' and weighting='continuous'",
+            "kl='step' and weighting='solver'",
+        ),
+    ],
+)
+def test_infinite_g2_is_refused_before_the_first_rollout(changes, asked, instead):
+    """A rectified flow from t = 1; below it, and where no rate is looked at, it serves."""
     run = gaussian_run(
-        algorithm=saa(form="score_gradient", weighting="continuous", beta=0.0, design="plain"),
-        decoder=GaussianDecoder(steps=5, solver="ddim_ode"),
+        algorithm=saa(**changes),
+        decoder=GaussianDecoder(steps=5),
         base=GaussianBase(schedule=RectifiedFlow(), prediction="flow"),
     )
-    world = gaussian_world(run)
-    _, credited = scored_and_credited(world)
-    with pytest.raises(ValueError, match="infinite at pure noise; start below it"):
-        gradient(world, credited)
+    message = f"action: {asked} needs.*RectifiedFlow is infinite at t=1.*t_max.*or use {instead}$"
+    with pytest.raises(ValueError, match=message):
+        gaussian_world(run)
+    gaussian_world(replace(run, decoder=GaussianDecoder(steps=5, t_max=0.95)))
+    gaussian_world(replace(run, base=GaussianBase()))
+    gaussian_world(replace(run, algorithm=saa(weighting="continuous")))
+    gaussian_world(replace(run, algorithm=saa(kl="continuous", beta=0.0)))
+
+
+def test_a_start_that_a_loss_refuses_serves_evaluation(tmp_path):
+    run = gaussian_run(
+        algorithm=saa(kl="continuous"),
+        decoder=GaussianDecoder(steps=5, t_max=0.95),
+        base=GaussianBase(schedule=RectifiedFlow(), prediction="flow"),
+        steps=1,
+    )
+    start(run, Origin(recipe="here", arguments=()), tmp_path, resume=False)
+    rewards = []
+    for t_max in (0.95, 1.0):
+        options = Evaluation(
+            decoder=GaussianDecoder(steps=5, t_max=t_max), seed=0, device="cpu", precision="float64"
+        )
+        rewards.append(evaluate_run(run, tmp_path, options)["metrics"]["reward"]["mean"])
+    assert rewards[0] != rewards[1]
 
 
 def test_beta_and_eta_follow_their_schedules_in_rollouts_only():
@@ -499,8 +564,6 @@ def test_a_window_goes_with_steps_only(changes):
 
 
 def test_a_run_with_a_schedule_keeps_its_length(tmp_path):
-    from rescore.training.directory import Origin
-
     run = gaussian_run(algorithm=saa(beta_end=0.0), decoder=EULER, steps=2, save_every=2)
     start(run, Origin(recipe="here", arguments=()), tmp_path / "run", resume=False)
     longer = replace(run, steps=4)

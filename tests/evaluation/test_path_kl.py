@@ -7,7 +7,7 @@ import torch
 
 from rescore.evaluation.path_kl import path_kl
 from rescore.models.mixture import MixtureNetwork
-from rescore.processes.gaussian import VariancePreserving
+from rescore.processes.gaussian_schedules import VariancePreserving
 from rescore.sampling.decoder import GaussianDecoder
 from rescore.sampling.gaussian_policy import GaussianPolicy
 from rescore.sampling.record import Record, Score

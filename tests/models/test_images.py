@@ -24,7 +24,8 @@ from rescore.models.images import (
     schedule_of,
 )
 from rescore.processes import gaussian
-from rescore.processes.gaussian import AffineStep, DeterministicStep, DiscreteTable
+from rescore.processes.gaussian import AffineStep, DeterministicStep
+from rescore.processes.gaussian_schedules import DiscreteTable
 from rescore.sampling.decoder import GaussianDecoder
 from rescore.sampling.gaussian_policy import GaussianPolicy
 from rescore.sampling.record import Record, Score

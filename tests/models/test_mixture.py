@@ -9,7 +9,7 @@ from torch import Tensor
 from rescore.models.gaussian_network import GaussianNetwork
 from rescore.models.mixture import GaussianMixture, MixtureNetwork
 from rescore.processes.convert import Prediction, convert_prediction
-from rescore.processes.gaussian import (
+from rescore.processes.gaussian_schedules import (
     GaussianSchedule,
     RectifiedFlow,
     VarianceExploding,

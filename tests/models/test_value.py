@@ -54,12 +54,18 @@ def test_coefficients_by_hand(design, middle):
 def test_the_data_end_is_exact_whatever_was_learned(design):
     value, x = critic(design), torch.randn(5, 2, generator=generator())
     skip = torch.randn(5, generator=generator(1))
-    value.fit(x, torch.rand(5, generator=generator(2)), {}, skip, torch.full((5,), 9.0), **HOW)
+    states = by_number(x, torch.rand(5, generator=generator(2)), {})
+    value.fit(states, skip, torch.full((5,), 9.0), **HOW)
     assert torch.equal(value.value(x, torch.zeros(5), {}, skip), skip)
     assert not torch.allclose(value.value(x, torch.full((5,), 0.5), {}, skip), skip)
 
 
-HOW = {"lr": 0.01, "epochs": 3, "batch": 2, "generator": torch.Generator().manual_seed(0)}
+HOW = {"lr": 0.01, "epochs": 3, "batch": 2}
+
+
+def by_number(x, t, inputs):
+    """What ``fit`` asks for states."""
+    return lambda rows: (x[rows], t[rows], {name: given[rows] for name, given in inputs.items()})
 
 
 @pytest.mark.parametrize("shape", [(2,), (1, 8, 8), (2, 12, 12)])
@@ -73,9 +79,9 @@ def test_it_learns_a_function_of_state_time_and_label(shape):
     mean = x.flatten(1).mean(1) * math.sqrt(x[0].numel())
     target = 100 + 7 * (mean + t + label + inputs["text"].mean((1, 2)) * 3)
     value = critic(shape=shape, inputs=inputs, n_labels=3)
-    how = {"lr": 1e-2, "epochs": 25, "batch": 30, "generator": generator(5)}
-    before = value.fit(x, t, inputs, None, target, **how)
-    after = value.fit(x, t, inputs, None, target, **{**how, "epochs": 1})
+    how = {"lr": 1e-2, "epochs": 25, "batch": 30}
+    before = value.fit(by_number(x, t, inputs), None, target, **how)
+    after = value.fit(by_number(x, t, inputs), None, target, **{**how, "epochs": 1})
     assert before < 0.9 < after
     assert int(value.fitted) == 2
 
@@ -85,18 +91,38 @@ def test_the_same_seed_and_batches_give_the_same_critic_and_it_restores():
         value = critic("linear")
         x, t = torch.randn(9, 2, generator=generator()), torch.rand(9, generator=generator(1))
         target, skip = x.sum(1), x[:, 0]
-        value.fit(x, t, {}, skip, target, lr=1e-2, epochs=2, batch=4, generator=generator(2))
-        return value, (x, t, {}, skip, target)
+        value.fit(by_number(x, t, {}), skip, target, **HOW)
+        return value, (x, t, skip, target)
 
-    one, data = fitted()
+    one, (x, t, skip, target) = fitted()
     two, _ = fitted()
     other = critic("linear")
     other.restore({name: tensor.clone() for name, tensor in two.saved().items()})
-    how = {"lr": 1e-2, "epochs": 2, "batch": 4}
     for value in (one, other):
-        value.fit(*data, **how, generator=generator(3))
-    assert torch.equal(one.value(*data[:4]), other.value(*data[:4]))
+        value.fit(by_number(x, t, {}), skip, target, **HOW)
+    assert torch.equal(one.value(x, t, {}, skip), other.value(x, t, {}, skip))
     assert int(other.fitted) == 2
+
+
+def test_the_order_of_states_is_that_of_seed_and_fit():
+    """Every state once per pass; another seed, pass or fit has another order."""
+
+    def orders(seed, n_fits):
+        value, seen = ValueCritic(critic().body, "plain", seed=seed), []
+        x, t = torch.randn(8, 2, generator=generator()), torch.zeros(8)
+
+        def look(rows):
+            seen.append(rows.tolist())
+            return x[rows], t[rows], {}
+
+        for _ in range(n_fits):
+            value.fit(look, None, x[:, 0], lr=1e-2, epochs=2, batch=8)
+        return seen
+
+    first, other = orders(0, 2), orders(1, 1)
+    assert first == orders(0, 2)
+    assert all(sorted(order) == list(range(8)) for order in first)
+    assert len({tuple(order) for order in [*first, *other]}) == 6
 
 
 def test_values_are_float32_also_where_states_are_not_and_under_autocast():
@@ -141,12 +167,12 @@ def test_a_first_batch_of_equal_targets_leaves_the_scale_open():
     value, rows = critic(), 64
     x, t = torch.randn(rows, 2, generator=generator()), torch.rand(rows, generator=generator(1))
     how = {"lr": 1e-2, "epochs": 20, "batch": 16}
-    value.fit(x, t, {}, None, torch.zeros(rows), **how, generator=generator(2))
+    value.fit(by_number(x, t, {}), None, torch.zeros(rows), **how)
     assert not value.scaled and float(value.spread) == 1
     target = (x[:, 0] > 0).float()
-    value.fit(x, t, {}, None, target, **how, generator=generator(3))
+    value.fit(by_number(x, t, {}), None, target, **how)
     assert value.scaled and float(value.spread) == pytest.approx(0.5, abs=0.02)
-    assert value.fit(x, t, {}, None, target, **how, generator=generator(4)) > 0.5
+    assert value.fit(by_number(x, t, {}), None, target, **how) > 0.5
     one = critic()
-    one.fit(x[:1], t[:1], {}, None, target[:1], **how, generator=generator(5))
+    one.fit(by_number(x[:1], t[:1], {}), None, target[:1], **how)
     assert one.value(x, t, {}, None).isfinite().all()

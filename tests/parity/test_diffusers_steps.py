@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rescore.processes import gaussian, solvers
 from rescore.processes.convert import Prediction
-from rescore.processes.gaussian import DiscreteTable, GaussianSchedule, RectifiedFlow
+from rescore.processes.gaussian_schedules import DiscreteTable, GaussianSchedule, RectifiedFlow
 
 diffusers = pytest.importorskip("diffusers")
 

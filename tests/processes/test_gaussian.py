@@ -1,4 +1,4 @@
-"""Gaussian noise: schedules, conversions, and the likelihoods, KLs and advantages of affine steps.
+"""Gaussian noise: conversions, and the likelihoods, KLs and advantages of affine steps.
 
 The world of the closed forms: data N(1, 1/4) in one dimension under VP noise, a reward
 -(x - 2)^2 and a KL weight of 1/2, so that the optimum is p* = N(1.5, 1/8).
@@ -15,13 +15,10 @@ from torch import Tensor
 
 from rescore.processes import gaussian, solvers
 from rescore.processes.convert import Prediction, convert_prediction
-from rescore.processes.gaussian import (
-    AffineStep,
-    DeterministicStep,
+from rescore.processes.gaussian import AffineStep, DeterministicStep, TwoStep
+from rescore.processes.gaussian_schedules import (
     DiscreteTable,
-    GaussianSchedule,
     RectifiedFlow,
-    TwoStep,
     VarianceExploding,
     VariancePreserving,
 )
@@ -32,7 +29,6 @@ SD = DiscreteTable(SD_TABLE, final=float(SD_TABLE[0]))
 """Stable Diffusion's noise."""
 SCHEDULES = (VP, VarianceExploding(), RectifiedFlow(), SD)
 PREDICTIONS: tuple[Prediction, ...] = ("eps", "x_0", "v", "score", "flow")
-T = torch.linspace(0.02, 0.98, 25, dtype=torch.float64)
 M_0, V_0 = 1.0, 0.25
 KL_WEIGHT, CURVATURE, GOAL = 0.5, 2.0, 2.0
 M_STAR, V_STAR = 1.5, 0.125
@@ -57,93 +53,6 @@ def legendre(low: float, high: float, n: int) -> tuple[Tensor, Tensor]:
     nodes, weights = np.polynomial.legendre.leggauss(n)
     half = (high - low) / 2
     return torch.tensor(low + half * (nodes + 1)), torch.tensor(half * weights)
-
-
-# ---- schedules -----------------------------------------------------------------------------------
-
-
-def test_values_by_hand():
-    """VP: n(1) = .1 + 19.9 / 2; VE: sqrt(.01 50); a flow at 1/4; a table of .9, .5 from 1."""
-    assert float(VP.alpha(at(1.0))) == pytest.approx(math.exp(-10.05 / 2))
-    assert float(VP.beta(at(0.5))) == pytest.approx(10.05)
-    assert float(VarianceExploding(0.01, 50.0).sigma(at(0.5))) == pytest.approx(math.sqrt(0.5))
-    assert float(RectifiedFlow().alpha(at(0.25))) == 0.75
-    assert float(RectifiedFlow().g2(at(0.25))) == pytest.approx(2 / 3)
-    table = DiscreteTable(torch.tensor([0.9, 0.5], dtype=torch.float64))
-    torch.testing.assert_close(
-        table.alpha(torch.tensor([0, 0.5, 1.0], dtype=torch.float64)) ** 2,
-        torch.tensor([1, 0.9, 0.5], dtype=torch.float64),
-    )
-    assert float(table.beta(at(0.5))) == pytest.approx(-2 * math.log(0.9))  # the interval below
-    assert float(table.beta(at(0.51))) == pytest.approx(-2 * math.log(0.5 / 0.9))
-    assert float(table.alpha(at(0.75))) ** 2 == pytest.approx(math.sqrt(0.9 * 0.5))
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES[:3])
-def test_equation_and_amplitudes_agree(schedule: GaussianSchedule):
-    """f = (log alpha)', g^2 = (sigma^2)' - 2 f sigma^2 = -sigma^2 (log SNR)', by autograd."""
-    t = T.clone().requires_grad_()
-    (d_log_alpha,) = torch.autograd.grad(schedule.alpha(t).log().sum() + 0 * t.sum(), t)
-    (d_variance,) = torch.autograd.grad((schedule.sigma(t) ** 2).sum(), t)
-    (d_log_snr,) = torch.autograd.grad(schedule.log_snr(t).sum(), t)
-    torch.testing.assert_close(schedule.drift(T), d_log_alpha)
-    variance = schedule.sigma(T) ** 2
-    torch.testing.assert_close(schedule.g2(T), d_variance - 2 * schedule.drift(T) * variance)
-    torch.testing.assert_close(schedule.g2(T), -variance * d_log_snr)
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_g2_integral_is_the_integral(schedule: GaussianSchedule):
-    """By quadrature; over the table entry by entry, where g^2 is constant in between."""
-    low, high = 0.2, 0.25
-    if schedule is SD:
-        t = SD.time_of(torch.arange(200, 250))
-        expected = SD.g2(t).sum() / 1000
-    else:
-        t, weight = legendre(low, high, 20)
-        expected = (weight * schedule.g2(t)).sum()
-    torch.testing.assert_close(schedule.g2_integral(at(low), at(high))[0], expected)
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_log_snr(schedule: GaussianSchedule):
-    """log(alpha^2 / sigma^2), falling."""
-    log_snr = schedule.log_snr(T)
-    expected = 2 * torch.log(schedule.alpha(T) / schedule.sigma(T))
-    torch.testing.assert_close(log_snr, expected)
-    assert bool((log_snr.diff() < 0).all())
-
-
-def test_table_has_its_entries():
-    """time_of names them, also in float32; the last time is pure data or the first entry."""
-    entries = torch.tensor([0, 1, 500, 998, 999])
-    for t in (SD.time_of(entries), SD.time_of(entries).float()):
-        torch.testing.assert_close(SD.alpha(t) ** 2, SD_TABLE[entries], rtol=1e-12, atol=0)
-        slope = -1000 * torch.log(SD_TABLE[entries[1:]] / SD_TABLE[entries[1:] - 1])
-        torch.testing.assert_close(SD.beta(t)[1:], slope)
-    assert float(SD.time_of(torch.tensor(-1))) == 0
-    assert float(SD.sigma(at(0.0))) == pytest.approx(math.sqrt(1 - float(SD_TABLE[0])))
-    clean = DiscreteTable(SD_TABLE)
-    assert float(clean.sigma(at(0.0))) == 0 and float(clean.log_snr(at(0.0))) == math.inf
-    blind = DiscreteTable(torch.tensor([0.9, 0.5, 0.0], dtype=torch.float64))
-    assert float(blind.alpha(at(1.0))) == 0
-    assert float(blind.alpha(at(2 / 3))) ** 2 == pytest.approx(0.5)
-
-
-def test_bad_schedules_and_times_are_errors():
-    with pytest.raises(ValueError, match=r"beta runs from 3\.0 to 2\.0"):
-        VariancePreserving(3.0, 2.0)
-    with pytest.raises(ValueError, match=r"sigma runs from 0\.0 to 2\.0"):
-        VarianceExploding(0.0, 2.0)
-    with pytest.raises(ValueError, match="alphas_cumprod must fall"):
-        DiscreteTable(torch.tensor([0.5, 0.9]))
-    with pytest.raises(ValueError, match="alphas_cumprod must fall"):
-        DiscreteTable(torch.tensor([1.0, 0.9]))
-    with pytest.raises(ValueError, match=r"final is 0\.8.*alphas_cumprod\[0\] = 0\.899"):
-        DiscreteTable(torch.tensor([0.9, 0.5]), final=0.8)
-    for schedule in SCHEDULES:
-        with pytest.raises(TypeError, match=r"dtype torch\.int64"):
-            schedule.alpha(torch.tensor([1]))
 
 
 # ---- conversions ---------------------------------------------------------------------------------
@@ -377,6 +286,29 @@ def test_rows_without_noise_have_no_likelihood():
     assert bool(gaussian.step_log_prob(kept, i["x_t"][:2], i["a"][:2], x_s[:2]).isfinite().all())
     two = solvers.dpm_solver_2m_sde(VP, t, t, s, prediction="eps")
     assert len(two.take(two.is_random).std) == 2
+
+
+@pytest.mark.parametrize("step", steps())
+def test_no_value_is_read_off_the_cpu(step):
+    """A read of data on an accelerator waits for it; the meta device has no data to read."""
+    step = step.to("meta")
+    i = {name: value.to("meta") for name, value in inputs().items()}
+    new, old, past = laws(step, i)
+    x_s = gaussian.draw(step, i["x_t"], z=i["z"], **new, **past)
+    both = {**new, **{f"{name}_old": value for name, value in old.items()}}
+    refs = {**new, **{f"{name}_ref": value for name, value in old.items()}}
+    for answer in (
+        gaussian.step_log_prob(step, i["x_t"], x_s=x_s, **new, **past),
+        gaussian.log_ratio(step, i["x_t"], x_s=x_s, **both, **past),
+        gaussian.step_kl(step, **refs),
+    ):
+        assert answer.device.type == "meta" and answer.shape == (3,)
+    for schedule in SCHEDULES:
+        t = torch.full((3,), 0.5, device="meta")
+        rate = gaussian.continuous_kl(
+            schedule, t, t / 2, i["a"], i["a_old"], prediction="score", eta=0.5
+        )
+        assert rate.device.type == "meta" and rate.shape == (3,)
 
 
 # ---- rounding (T9) -------------------------------------------------------------------------------

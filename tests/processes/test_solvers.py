@@ -20,11 +20,13 @@ from rescore.processes.gaussian import (
     AffineStep,
     DeterministicStep,
     DeterministicTwoStep,
+    HeunStep,
+    TwoStep,
+)
+from rescore.processes.gaussian_schedules import (
     DiscreteTable,
     GaussianSchedule,
-    HeunStep,
     RectifiedFlow,
-    TwoStep,
     VarianceExploding,
     VariancePreserving,
 )

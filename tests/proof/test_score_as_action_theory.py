@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rescore.processes.gaussian import AffineStep, VariancePreserving, mean, step_advantage
+from rescore.processes.gaussian import AffineStep, mean, step_advantage
+from rescore.processes.gaussian_schedules import VariancePreserving
 from rescore.proof import gaussian_worlds
 from rescore.proof.gaussian_oracle import N_NODES, nodes
 from rescore.proof.gaussian_worlds import GaussianWorld

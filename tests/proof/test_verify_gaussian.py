@@ -38,10 +38,18 @@ from rescore.proof.gaussian_oracle import (
     expectation,
     nodes,
 )
-from rescore.proof.gaussian_worlds import CURVATURE, GOAL, POLICY, REFERENCE, GaussianWorld
+from rescore.proof.gaussian_worlds import (
+    CURVATURE,
+    GOAL,
+    POLICY,
+    REFERENCE,
+    GaussianWorld,
+    GivenValue,
+)
 from rescore.proof.verify import check, expected_figures
 from rescore.sampling.gaussian_policy import GaussianPolicy
 from rescore.sampling.record import Record
+from rescore.sampling.reference import kl_at
 from rescore.sampling.rng import SampleRng, Stream
 from rescore.types import Credited, Scored, Terms
 
@@ -163,6 +171,8 @@ def test_exact_gradients_are_those_of_the_moments(world, beta, kl):
         (TWO_FLOW, 0.5, "step", "constant"),
         (QUIET[0], 0.5, "step", "plain"),
         (WITHOUT_NOISE[2], 0.5, "continuous", "plain"),
+        (TWO_M, 0.5, "step", "cos_sin"),
+        (TWO_M, 0.5, "continuous", "plain"),
     ],
     ids=str,
 )
@@ -184,10 +194,24 @@ def test_the_critic_knows_the_objective(world, beta, kl, design):
     assert abs(float(wrong - value)) > 0.01
 
 
-def test_two_states_have_no_value_of_one():
-    """A critic of 2M would need x_{k-1} too."""
-    with pytest.raises(ValueError, match="two states"):
-        TWO_M.critic()
+def test_a_value_of_one_state_is_wrong_where_there_are_two():
+    """2M's chain goes on from x_k and x_{k-1}: with the latter held at 0, V is another."""
+    table = TWO_M.values(0.5, "step")
+    assert float(table[1:-1, :, 2].abs().max()) > 0.01
+    assert float(table[[0, -1], :, 2].abs().max()) == 0  # none before the first, none asked after
+
+    class OfOneState(GivenValue):
+        def value(self, x_t, t, inputs, skip):
+            return super().value(x_t[:, :1], t, inputs, skip)
+
+    critic = OfOneState(TWO_M, table, "cos_sin")
+    exact = exact_gradient(TWO_M, 0.5, "step")
+    for algorithm in (
+        ScoreAsAction(form="ppo", beta=0.5),
+        ScoreAsAction(form="score_gradient", beta=0.5),
+    ):
+        found = expectation(algorithm, TWO_M, critic=critic, group_size=1)
+        assert float((found.mean - exact).norm() / exact.norm()) > 0.01
 
 
 # Broken on purpose --------------------------------------------------------------------------------
@@ -209,7 +233,7 @@ class NoDirectKl(ScoreAsAction):
     def _of(self, models, actions) -> Tensor:
         policy = models.new
         at = policy.at(actions.trajectory, actions.step)
-        return self._kl(policy, at, actions.notes["ref"], None)
+        return kl_at(policy, at, actions.notes["ref"], None, self.kl)
 
 
 class CountsEveryDrawOnce(ScoreAsAction):

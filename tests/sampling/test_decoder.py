@@ -4,7 +4,10 @@ import math
 
 import pytest
 
-from rescore.sampling.decoder import Decoder
+from gaussians import linear_network
+from rescore.processes.gaussian_schedules import RectifiedFlow, VariancePreserving
+from rescore.sampling.decoder import Decoder, GaussianDecoder
+from rescore.sampling.policy import policy_of
 from rescore.sampling.record import Score
 
 
@@ -49,3 +52,31 @@ def test_temperatures_that_are_no_numbers_are_refused(temperature):
     """NaN passes every comparison that asks for what is wrong; ask for what is right."""
     with pytest.raises(ValueError, match="temperature"):
         Decoder(steps=2, temperature=temperature)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "fields", "message"),
+    [
+        (VariancePreserving(), {"eta": 1.5}, "more than there is at s.*take a smaller eta"),
+        (
+            VariancePreserving(),
+            {"eta": 0.5, "eta_end": 1.5},
+            "eta goes from 0.5 to eta_end=1.5, where ddim cannot follow: .* take a smaller eta",
+        ),
+        (VariancePreserving(), {"solver": "flow_sde", "eta": 0.7}, "flow_sde is for a Rectified"),
+        (RectifiedFlow(), {"solver": "euler_maruyama"}, "start below t = 1"),
+    ],
+)
+def test_a_network_that_the_solver_cannot_serve_is_refused_before_any_sample(
+    schedule, fields, message
+):
+    """Also what would fail at the end of a run only."""
+    network = linear_network(schedule=schedule, prediction="v")
+    with pytest.raises(ValueError, match=message):
+        policy_of(network, GaussianDecoder(steps=5, **fields), 64)
+
+
+def test_eta_above_1_is_allowed_where_short_steps_leave_room():
+    """S = eta sigma_s sqrt(1 - e^-2h) is below sigma_s there."""
+    decoder = GaussianDecoder(steps=50, t_min=0.3, eta=0.5, eta_end=1.5)
+    decoder.check(VariancePreserving(), "v")

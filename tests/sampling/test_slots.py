@@ -14,7 +14,7 @@ from rescore.sampling.decoder import Decoder
 from rescore.sampling.policy import MaskedPolicy
 from rescore.sampling.record import Record, Slots
 from rescore.sampling.rng import Rng, SampleRng
-from rescore.sampling.slots import StepSlots, evenly_spaced, random_steps
+from rescore.sampling.slots import StepSlots, evenly_spaced, random_steps, some_steps
 from rescore.types import Kept, MaskedTrajectory, Prompts
 
 V, L, T = 3, 6, 6
@@ -169,6 +169,16 @@ def test_random_draws_every_set_of_active_steps_equally_often(n_slots):
         mass[tuple(row)] = mass.get(tuple(row), 0.0) + p
     assert set(mass) == set(itertools.combinations((0, 2, 3, 4), n_slots))
     assert list(mass.values()) == pytest.approx([1 / math.comb(4, n_slots)] * len(mass))
+
+
+def test_weights_of_some_steps_stand_for_all_of_them():
+    """They sum to the number of active steps, also where there are fewer than asked for."""
+    active = torch.tensor([[1, 1, 0, 1, 1, 1], [0, 0, 1, 0, 0, 1], [0, 0, 0, 0, 0, 0]]).bool()
+    rng, again = (SampleRng(3, torch.arange(3)) for _ in range(2))
+    step, weight = some_steps(active, 3, rng)
+    assert torch.equal(step, random_steps(active, 3, again).clamp(min=0))
+    expected = torch.tensor([[5 / 3] * 3, [1, 1, 0], [0, 0, 0]], dtype=torch.float64)
+    assert torch.equal(weight, expected)
 
 
 def test_random_steps_of_real_draws_are_distinct_and_change_from_sample_to_sample():

@@ -12,7 +12,8 @@ import torch
 
 from rescore.algorithms.score_as_action import ScoreAsAction
 from rescore.evaluation.path_kl import path_kl
-from rescore.processes.gaussian import AffineStep, VariancePreserving
+from rescore.processes.gaussian import AffineStep
+from rescore.processes.gaussian_schedules import VariancePreserving
 from rescore.sampling.decoder import GaussianDecoder
 from rescore.sampling.gaussian_policy import GaussianPolicy
 from rescore.sampling.record import Record

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rescore.processes.gaussian import AffineStep, RectifiedFlow, VariancePreserving
+from rescore.processes.gaussian import AffineStep
+from rescore.processes.gaussian_schedules import RectifiedFlow, VariancePreserving
 from rescore.rewards.reward import Reward
 from rescore.sampling.decoder import GaussianDecoder, Solver
 from rescore.tasks.mixture import GAUSSIAN, THREE_MODES, Mixture, chain_optimum, optimum

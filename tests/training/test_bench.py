@@ -13,10 +13,20 @@ from rescore.algorithms.ddpo import Ddpo
 from rescore.algorithms.dpok import Dpok
 from rescore.algorithms.egspo import Egspo
 from rescore.algorithms.flow_grpo import FlowGrpo
+from rescore.algorithms.score_as_action import ScoreAsAction
 from rescore.models.finetune import Lora
+from rescore.models.value import value_critic_for
 from rescore.sampling.record import Record, Score
 from rescore.sampling.rng import SampleRng
-from rescore.training.bench import Call, Recorder, measure, print_rows, recorded
+from rescore.training.bench import (
+    Call,
+    CriticCall,
+    Recorder,
+    measure,
+    print_rows,
+    recorded,
+    replay_critic,
+)
 from rescore.training.optim import Optim
 from tiny import Match, TransformerBase, masked_policy, tiny_run, tiny_world
 
@@ -86,6 +96,34 @@ def test_states_are_rows(changes, rows):
     assert row.rows == rows
     assert min(row.rollout_s, row.update_s, row.bare_s) > 0
     assert row.overhead > 0.9
+
+
+@pytest.mark.parametrize("form", ["ppo", "score_gradient"])
+def test_the_calls_of_a_critic_are_made_again(form, monkeypatch):
+    """16 paths of 5 states: valued, fitted twice in batches of 40, asked for slopes; no more."""
+    calls: list[list[tuple[bool, bool, int]]] = []
+
+    def note(critic, made):
+        calls.append([(call.grad, call.inputs[0].requires_grad, len(call[1][0])) for call in made])
+        return replay_critic(critic, made)
+
+    monkeypatch.setattr("rescore.training.bench.replay_critic", note)
+    algorithm = ScoreAsAction(form=form, design="linear", critic_epochs=2, critic_batch=40)
+    assert measure("gaussian", gaussian_run(algorithm=algorithm), repeats=5).overhead > 0.9
+    slopes = [(True, True, 80)] * (form == "score_gradient")
+    assert calls == [[(False, False, 80), *slopes, *[(True, False, 40)] * 4]] * 7
+
+
+def test_a_critic_made_again_is_trained():
+    """Batches without a gradient of the state are steps of its optimiser; others leave it alone."""
+    critic = value_critic_for((2,), {}, n_labels=0, design="plain", seed=0)
+    x, t = torch.randn(3, 2, generator=torch.Generator().manual_seed(0)), torch.full((3,), 0.5)
+    before = [p.detach().clone() for p in critic.parameters()]
+    asked = x.clone().requires_grad_()
+    replay_critic(critic, [CriticCall(False, (x, t, {})), CriticCall(True, (asked, t, {}))])
+    assert all(map(torch.equal, before, critic.parameters()))
+    replay_critic(critic, [CriticCall(True, (x, t, {}))])
+    assert not any(map(torch.equal, before, critic.parameters()))
 
 
 def test_a_recorded_network_says_the_same():

@@ -2,23 +2,32 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
+from accelerate import Accelerator
+from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rescore import cli
+from rescore.models import images as images_module
 from rescore.models.finetune import Lora, add_lora
 from rescore.models.images import ATTENTION, PIPELINES, Kind, denoiser_of
+from rescore.sampling.decoder import GaussianDecoder
 from rescore.tasks.image_prompts import ImagePrompts
 from rescore.tasks.sudoku import Sudoku
 from rescore.training.log import read
+from rescore.training.optim import Optim, TrainingError
 from rescore.training.pretrained_images import PretrainedPipeline
 from rescore.training.recipes import run_of
+from rescore.training.rollout import probe, rollout
+from rescore.training.world import build as training_world
+from rescore.types import Conditions, GaussianTrajectory
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -71,8 +80,14 @@ def test_a_dry_run_trains_saves_resumes_and_exports(recipe, tmp_path, capsys):
 
     cli.main(["train", "--resume", str(out), "--steps", str(first + 2)])
     assert [row["step"] for row in read(out / "metrics.jsonl")] == list(range(1, first + 3))
-    cli.main(["sample", str(out), "--prompts", "two owls in love"])
-    assert "two owls in love\njpeg_kb" in capsys.readouterr().out
+    capsys.readouterr()
+    cli.main(["sample", str(out), "--prompts", "two owls in love", "a cat"])
+    said = capsys.readouterr().out
+    assert re.match(r"two owls in love\njpeg_kb [.\d]+:\nan image of 16 x 16 pixels", said)
+    assert said.endswith(f"pictures: {out / 'samples' / 'sampled.png'}\n")
+    picture = torch.from_numpy(imread(out / "samples" / "sampled.png"))
+    assert picture.shape[:2] == (66, 132)  # two of 16 x 16, enlarged four times, with frames
+    assert not torch.equal(picture[:, :66], picture[:, 66:])
 
     whole = tmp_path / "whole"
     cli.main(["export", str(out), "--out", str(exported)])
@@ -100,6 +115,47 @@ def miniature(tmp_path_factory):
         return made[kind]
 
     return make
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpm_solver_2m_sde"])
+@pytest.mark.parametrize("mistake", ["none", "guidance", "entry", "stored", "prompt"])
+def test_the_probe_finds_mistakes_that_are_smaller_than_bfloat16(
+    miniature, mistake, solver, monkeypatch
+):
+    """A guidance that is wrong by 1 percent, a timestep by one of 1000, states that lose digits,
+    another prompt; between sampling and training, which looks at other numbers of rows."""
+    base, task = miniature("sd15")
+    run = dataclasses.replace(
+        run_of("sd15_ddpo"),
+        **{"base": base, "task": task, "device": "cpu", "optim": Optim(micro_batch=3)},
+        **{"batch_size": 10, "group_size": 2, "forward_rows": 4},
+        decoder=GaussianDecoder(steps=4, solver=solver, eta=1.0, t_max=0.95),
+    )
+    assert run.precision == "bfloat16"
+    network = build(base, task)
+    world = training_world(run, network, Accelerator(cpu=True))
+    credited = run.algorithm.credit(rollout(world, 0)[0])
+    path = credited.trajectory
+    assert isinstance(path, GaussianTrajectory) and isinstance(path.prompts, Conditions)
+    if mistake == "guidance":
+        network.guidance *= 1.01
+    if mistake == "entry":
+        right = images_module.entry_of
+        monkeypatch.setattr(images_module, "entry_of", lambda table, t: right(table, t) - 1)
+    if mistake == "stored":
+        path = dataclasses.replace(path, path=path.path.bfloat16().float())
+    if mistake == "prompt":
+        number = path.prompts.inputs["prompt"].roll(2)
+        prompts = dataclasses.replace(path.prompts, inputs={"prompt": number})
+        path = dataclasses.replace(path, prompts=prompts)
+    weight = path.acts().to(credited.weight)
+    credited = dataclasses.replace(credited, trajectory=path, weight=weight)
+    if mistake == "none":
+        gap = probe(world, credited)
+        assert gap is not None and gap <= 1e-5
+    else:
+        with pytest.raises(TrainingError, match="replayed log-probabilities differ"):
+            probe(world, credited)
 
 
 def build(base: PretrainedPipeline, task: ImagePrompts):

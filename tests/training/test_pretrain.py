@@ -11,13 +11,16 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from gaussians import GaussianTask
 from rescore.models.transformer import Transformer, TransformerConfig
+from rescore.models.unet import UNetConfig
+from rescore.processes.gaussian_schedules import DiscreteTable
 from rescore.processes.schedules import Cosine
 from rescore.rewards.reward import Reward
 from rescore.tasks.task import Split, TokenTask
 from rescore.training.pretrain import Pretrain, cached_base, pretrain
 from rescore.training.supervised import MIN_T, bound, rate, stratified_times, validation_bound
-from rescore.types import Examples, Prompts
+from rescore.types import Examples, Points, Prompts
 
 V, L = 3, 4
 
@@ -311,6 +314,34 @@ def test_the_cache_knows_prompts_and_padding(tmp_path):
     for n, task in enumerate((Copy(), Shifted(), Unpadded()), start=1):
         cached_base(LONGER, task, tmp_path)
         assert len(list(tmp_path.iterdir())) == n
+
+
+@dataclass(frozen=True, kw_only=True)
+class Squares(GaussianTask):
+    """Images of 2 x 2."""
+
+    dims: int = 4
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (1, 2, 2)
+
+    def clean(self, split: Split) -> Points:
+        return Points(x_0=super().clean(split).x_0.view(-1, 1, 2, 2))
+
+
+def test_the_cache_knows_every_entry_of_a_table(tmp_path):
+    """The text of a long tensor leaves out what is in between; the same table is found again."""
+    table = (1 - torch.linspace(1e-4, 0.02, 1200, dtype=torch.float64)).cumprod(0)
+    other = table.clone()
+    other[600] *= 1 + 1e-12
+    for n, entries in ((1, table), (2, other), (2, table.clone())):
+        model = UNetConfig(size=2, widths=(8,), schedule=DiscreteTable(entries), prediction="v")
+        cached_base(dataclasses.replace(SHORT, model=model), Squares(), tmp_path)
+        assert len(list(tmp_path.iterdir())) == n
+    logs = [json.loads(path.read_text()) for path in tmp_path.glob("*/base.json")]
+    stored = [log["config"]["model"]["schedule"]["alphas_cumprod"] for log in logs]
+    assert sorted(stored) == sorted([table.tolist(), other.tolist()])
 
 
 def test_the_learning_rate_rises_linearly_and_falls_along_a_half_cosine():

@@ -106,11 +106,12 @@ class Algorithm(abc.ABC):
         """The method at a fraction of the run, 0 at its first rollout and 1 at its last."""
         return self
 
-    def critic(self, task: Task, seed: int) -> Learned | None:
+    def critic(self, task: Task, decoder: Decoding, seed: int) -> Learned | None:
         """What is learned beside the policy, made new; by default nothing.
 
         Args:
             task: what it must predict.
+            decoder: of the policy.
             seed: of its weights.
         """
         return None
@@ -130,13 +131,16 @@ class Algorithm(abc.ABC):
     def credit(self, scored: Scored) -> Credited:
         """Turn rewards into advantages and weights. Pure; sees the whole batch, not the models."""
 
-    def fit(self, models: Models, credited: Credited) -> None:
+    def fit(self, models: Models, credited: Credited) -> dict[str, float]:
         """Fit what is learned beside the policy on the whole batch, before the policy's updates.
 
         By default nothing. ``credit`` has been given already, so what is fitted here serves the
         next rollout: a baseline that knows the rewards it is subtracted from would be biased.
+
+        Returns:
+            What to log.
         """
-        return
+        return {}
 
     @abc.abstractmethod
     def loss(self, models: Models, actions: Actions, rng: Rng) -> Terms:

@@ -38,7 +38,7 @@ from rescore.sampling.policy import Models
 from rescore.sampling.record import Record
 from rescore.sampling.reference import reference_outputs
 from rescore.sampling.rng import Rng
-from rescore.sampling.slots import random_steps
+from rescore.sampling.slots import some_steps
 from rescore.types import Actions, Credited, Scored, Terms
 
 
@@ -94,12 +94,8 @@ class Ddpo(Algorithm):
     def annotate(self, models: Models, scored: Scored, rng: Rng) -> Scored:
         """Draw the steps to train on, and ask the reference about them."""
         if self.n_steps is not None:
-            acts = scored.trajectory.acts()
-            step = random_steps(acts, self.n_steps, rng)
-            drawn = step >= 0
-            count = acts.sum(1, keepdim=True).to(scored.step_weight)
-            weight = torch.where(drawn, count / drawn.sum(1, keepdim=True), 0.0)
-            scored = replace(scored, step=step.clamp(min=0), step_weight=weight)
+            step, weight = some_steps(scored.trajectory.acts(), self.n_steps, rng)
+            scored = replace(scored, step=step, step_weight=weight)
         if models.ref is None:
             return scored
         return replace(scored, notes={**scored.notes, **reference_outputs(models.ref, scored)})

@@ -19,25 +19,23 @@ B^2 / 2 S^2, which is not the KL of the paths; docs/algorithms/dpok.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
 from rescore.algorithms.base import Algorithm, check_continuous, check_trust_region, clipped_steps
 from rescore.models.value import ValueCritic, value_critic_for
-from rescore.sampling.chunks import over_rows
-from rescore.sampling.decoder import Decoding
+from rescore.sampling.decoder import Decoding, GaussianDecoder
 from rescore.sampling.gaussian_policy import GaussianPolicy
 from rescore.sampling.policy import Models
 from rescore.sampling.record import Record
 from rescore.sampling.reference import reference_outputs
 from rescore.sampling.rng import Rng
+from rescore.sampling.values import path_values, visited
 from rescore.tasks.task import ContinuousTask, Task
-from rescore.types import Actions, Credited, GaussianTrajectory, Scored, State, Terms
+from rescore.types import Actions, Credited, GaussianTrajectory, Scored, Terms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,23 +87,25 @@ class Dpok(Algorithm):
         if not 0 < self.critic_lr < math.inf:
             raise ValueError(f"dpok: critic_lr must be positive, got {self.critic_lr}")
 
-    def critic(self, task: Task, seed: int) -> ValueCritic:
-        assert isinstance(task, ContinuousTask)
-        inputs = task.prompts("train", torch.zeros(1, dtype=torch.long)).inputs
+    def critic(self, task: Task, decoder: Decoding, seed: int) -> ValueCritic:
+        assert isinstance(task, ContinuousTask) and isinstance(decoder, GaussianDecoder)
         return value_critic_for(
-            task.shape, inputs, n_labels=task.n_labels, design="plain", seed=seed
+            task.shape,
+            task.prompts("train", torch.zeros(1, dtype=torch.long)).inputs,
+            n_labels=task.n_labels,
+            n_states=1 + decoder.two_step,
+            design="plain",
+            seed=seed,
         )
 
     @torch.no_grad()
     def annotate(self, models: Models, scored: Scored, rng: Rng) -> Scored:
         """Value every state before it is learned from, and ask the reference about it."""
-        critic, shape = _critic(models), scored.step.shape
-
-        def part(rows: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-            return critic.value(*_visited(models, scored, rows.to(scored.step.device)), None)
-
-        parts = over_rows(part, scored.step.numel(), at_most=models.new.forward_rows)
-        notes = {"value": torch.cat(parts).view(shape), "fitted": (critic.fitted > 0).expand(shape)}
+        critic, path = _critic(models), scored.trajectory
+        assert isinstance(path, GaussianTrajectory) and isinstance(models.new, GaussianPolicy)
+        value, _ = path_values(models.new, critic, path)
+        fitted = (critic.fitted > 0).expand(scored.step.shape)
+        notes = {"value": value.gather(1, scored.step), "fitted": fitted}
         if models.ref is not None:
             notes |= reference_outputs(models.ref, scored)
         return replace(scored, notes={**scored.notes, **notes})
@@ -116,34 +116,22 @@ class Dpok(Algorithm):
         weight = torch.where(active, scored.step_weight / len(scored.reward), 0.0)
         return Credited(**scored.fields(), advantage=advantage, weight=weight)
 
-    def fit(self, models: Models, credited: Credited) -> None:
-        critic = _critic(models)
-        every = torch.arange(credited.step.numel(), device=credited.step.device)
-        critic.fit(
-            *_visited(models, credited, every),
+    def fit(self, models: Models, credited: Credited) -> dict[str, float]:
+        path, policy, step = credited.trajectory, models.new, credited.step
+        assert isinstance(path, GaussianTrajectory) and isinstance(policy, GaussianPolicy)
+        sample = torch.arange(len(step), device=step.device)[:, None].expand_as(step).flatten()
+        explained = _critic(models).fit(
+            lambda rows: visited(policy, path, sample[rows], step.flatten()[rows]),
             None,
-            credited.reward[:, None].expand(credited.step.shape).flatten(),
+            credited.reward[:, None].expand_as(step).flatten(),
             lr=self.critic_lr,
             epochs=self.critic_epochs,
             batch=self.critic_batch,
-            generator=torch.Generator().manual_seed(int(critic.fitted)),
         )
+        return {"value_explained": explained}
 
     def loss(self, models: Models, actions: Actions, rng: Rng) -> Terms:
-        terms = clipped_steps(models, actions, self.clip, self.beta)
-        error = actions.advantage.square()
-        return Terms(loss=terms.loss, metrics={**terms.metrics, "value_error": error})
-
-
-def _visited(
-    models: Models, scored: Scored, rows: Int[Tensor, " n"]
-) -> tuple[State, Float[Tensor, " n"], Mapping[str, Tensor]]:
-    """State, time and inputs of some (sample, column) pairs, numbered row by row."""
-    path, policy = scored.trajectory, models.new
-    assert isinstance(path, GaussianTrajectory) and isinstance(policy, GaussianPolicy)
-    sample, step = rows // scored.step.shape[1], scored.step.flatten()[rows]
-    inputs = {name: value[sample] for name, value in path.prompts.inputs.items()}
-    return path.path[sample, step], policy.times.to(step.device)[step], inputs
+        return clipped_steps(models, actions, self.clip, self.beta)
 
 
 def _critic(models: Models) -> ValueCritic:

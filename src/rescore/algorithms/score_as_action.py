@@ -30,25 +30,23 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rescore.algorithms.base import Algorithm
-from rescore.models.value import Design, ValueCritic, coefficients, value_critic_for
+from rescore.models.value import Design, ValueCritic, value_critic_for
 from rescore.objectives.policy_gradient import clipped_surrogate
-from rescore.processes.convert import convert_prediction, score_coefficients
+from rescore.processes.convert import score_coefficients
 from rescore.processes.gaussian import (
     DeterministicTwoStep,
-    HeunStep,
     TwoStep,
-    continuous_kl,
     mean,
-    step_kl,
 )
 from rescore.sampling.base import Policy
-from rescore.sampling.chunks import over_rows
 from rescore.sampling.decoder import Decoding, GaussianDecoder
 from rescore.sampling.gaussian_policy import At, GaussianPolicy
 from rescore.sampling.policy import Models
 from rescore.sampling.record import Record, Score
+from rescore.sampling.reference import kl_at, path_kls, path_outputs
 from rescore.sampling.rng import Rng
-from rescore.sampling.slots import random_steps
+from rescore.sampling.slots import some_steps
+from rescore.sampling.values import path_slopes, path_values, visited
 from rescore.tasks.task import ContinuousTask, Task
 from rescore.types import (
     Actions,
@@ -189,18 +187,40 @@ class ScoreAsAction(Algorithm):
                 "weighting='continuous'"
             )
 
+    def check_models(self, models: Models) -> None:
+        """Refuse to look at a rate where it is infinite.
+
+        Raises:
+            ValueError: a start at pure noise where g^2 has no bound.
+        """
+        policy, instead = _gaussian(models.new), {}
+        if self.kl == "continuous" and (self.uses_reference or self.proximal != 0):
+            instead["kl"] = "step"
+        if self.weighting == "continuous" and self.form == "score_gradient":
+            instead["weighting"] = "solver"
+        schedule, t = policy.network.schedule, policy.times[:-1]
+        if instead and not bool(schedule.g2(t).isfinite().all()):
+            asked = " and ".join(f"{name}='continuous'" for name in instead)
+            other = " and ".join(f"{name}='{value}'" for name, value in instead.items())
+            raise ValueError(
+                f"score_as_action: {asked} needs a finite g^2, but that of a "
+                f"{type(schedule).__name__} is infinite at t={float(t[0]):g}, where paths start; "
+                f"start below it (decoder: t_max, with spacing='linear'), or use {other}"
+            )
+
     def at(self, progress: float) -> ScoreAsAction:
         if self.beta_end is None:
             return self
         return replace(self, beta=self.beta + progress * (self.beta_end - self.beta))
 
-    def critic(self, task: Task, seed: int) -> ValueCritic:
-        assert isinstance(task, ContinuousTask)
+    def critic(self, task: Task, decoder: Decoding, seed: int) -> ValueCritic:
+        assert isinstance(task, ContinuousTask) and isinstance(decoder, GaussianDecoder)
         prompts = task.prompts("train", torch.zeros(1, dtype=torch.long))
         return value_critic_for(
             task.shape,
             prompts.inputs,
             n_labels=task.n_labels,
+            n_states=1 + decoder.two_step,
             design=self.design,
             reward=None if self.design == "plain" else task.reward.value,
             seed=seed,
@@ -214,18 +234,14 @@ class ScoreAsAction(Algorithm):
         if self.form == "score_gradient" or self.proximal:
             notes["old"] = _said(path)
         if self.n_steps is not None:
-            counts = self._counts(path)
-            step = random_steps(counts, self.n_steps, rng)
-            drawn = step >= 0  # fewer than asked for, where fewer draw noise
-            share = counts.sum(1, keepdim=True) / drawn.sum(1, keepdim=True)
-            weight = torch.where(drawn, share.to(path.log_prob), 0.0)
-            scored = replace(scored, step=step.clamp(min=0), step_weight=weight)
+            step, weight = some_steps(self._counts(path), self.n_steps, rng)
+            scored = replace(scored, step=step, step_weight=weight)
         kl = torch.zeros_like(path.log_prob)
         if models.ref is not None:
-            notes["ref"] = _outputs(_gaussian(models.ref), path)
-            kl = self._path_kl(policy, path, _said(path), notes["ref"])
+            notes["ref"] = path_outputs(_gaussian(models.ref), path)
+            kl = path_kls(policy, path, _said(path), notes["ref"], self.kl)
             kl = torch.where(self._counts(path), kl, 0.0)  # nor is it trained elsewhere
-        value, skip = self._values(policy, critic, path)
+        value, skip = path_values(policy, critic, path)
         value = torch.cat([value, scored.reward.to(value)[:, None]], 1)
         notes |= {
             "kl": kl,
@@ -234,7 +250,13 @@ class ScoreAsAction(Algorithm):
         }
         notes |= {} if skip is None else {"skip": skip}
         if self.form == "score_gradient":
-            notes["slope"] = self._slopes(policy, critic, path)
+            notes["slope"] = path_slopes(
+                policy,
+                critic,
+                path,
+                after=self.weighting == "solver",
+                through_network=self.through_score,
+            )
         chosen = {name: _columns(note, scored.step) for name, note in notes.items()}
         earlier = (scored.step - 1).clamp(min=0)
         if isinstance(policy.steps, TwoStep | DeterministicTwoStep):
@@ -257,33 +279,25 @@ class ScoreAsAction(Algorithm):
         fields = {**scored.fields(), "notes": {**scored.notes, "scale": scale}}
         return Credited(**fields, advantage=advantage, weight=weight)
 
-    def fit(self, models: Models, credited: Credited) -> None:
+    def fit(self, models: Models, credited: Credited) -> dict[str, float]:
         path, critic, notes = _states(credited.trajectory), _critic(models), credited.notes
-        policy = _gaussian(models.new)
-        sample = torch.arange(len(path.x_0), device=path.x_0.device)[:, None]
-        sample = sample.expand(credited.step.shape).flatten()
-        step = credited.step.flatten()
-        x_t, t = path.path[sample, step], policy.times.to(step.device)[step]
-        inputs = {name: value[sample] for name, value in path.prompts.inputs.items()}
-        skip = notes["skip"].flatten() if "skip" in notes else None
-        target = notes["target"].flatten()
+        policy, step = _gaussian(models.new), credited.step
+        sample = torch.arange(len(step), device=step.device)[:, None].expand_as(step)
+        skip, target = notes.get("skip"), notes["target"]
         if skip is None:  # nothing else would tell V at the data end
-            end = torch.arange(len(path.x_0), device=step.device)
-            x_t, t = torch.cat([x_t, path.x_0]), torch.cat([t, torch.zeros_like(t[: len(end)])])
-            inputs = {n: torch.cat([v, path.prompts.inputs[n]]) for n, v in inputs.items()}
-            target = torch.cat([target, credited.reward.to(target)])
-        generator = torch.Generator().manual_seed(int(critic.fitted))
-        critic.fit(
-            x_t,
-            t,
-            inputs,
-            skip,
-            target,
+            step = torch.nn.functional.pad(step, (0, 1), value=path.n_steps)
+            sample = torch.cat([sample, sample[:, :1]], 1)
+            target = torch.cat([target, credited.reward.to(target)[:, None]], 1)
+        sample, step = sample.flatten(), step.flatten()
+        explained = critic.fit(
+            lambda rows: visited(policy, path, sample[rows], step[rows]),
+            None if skip is None else skip.flatten(),
+            target.flatten(),
             lr=self.critic_lr,
             epochs=self.critic_epochs,
             batch=self.critic_batch,
-            generator=generator,
         )
+        return {"value_explained": explained}
 
     def loss(self, models: Models, actions: Actions, rng: Rng) -> Terms:
         policy, path, notes = _gaussian(models.new), _states(actions.trajectory), actions.notes
@@ -303,19 +317,24 @@ class ScoreAsAction(Algorithm):
             terms = self._score_gradient(policy, at, notes)
         loss, metrics = terms.loss, dict(terms.metrics)
         if models.ref is not None:
-            kl = self._kl(policy, at, notes["ref"], notes.get("ref_before"))
+            kl = kl_at(policy, at, notes["ref"], notes.get("ref_before"), self.kl)
             loss = loss + self.beta * kl / scale
             metrics["kl_new_ref"] = kl.detach()
         if self.proximal:
-            moved = self._kl(policy, at, notes["old"], notes.get("old_before"))
+            moved = kl_at(policy, at, notes["old"], notes.get("old_before"), self.kl)
             loss = loss + self.proximal * moved / scale
         return Terms(loss=loss, metrics=metrics)
 
     # ---- parts -----------------------------------------------------------------------------------
 
     def _counts(self, path: GaussianTrajectory) -> Bool[Tensor, "B T"]:
-        """Steps that can be trained on: those with noise, or all where no likelihood is asked."""
-        return path.acts() if self.form == "ppo" else torch.ones_like(path.acts())
+        """Steps that can be trained on: those with noise, or all where neither loss nor KL asks.
+
+        A step without noise has no KL; with a reward, but without its cost, a policy would run away
+        there.
+        """
+        costs = self.kl == "step" and (self.uses_reference or self.proximal != 0)
+        return path.acts() if self.form == "ppo" or costs else torch.ones_like(path.acts())
 
     def _look(self, policy: GaussianPolicy, path: GaussianTrajectory, step: Tensor) -> At:
         if self.weighting == "continuous":
@@ -334,110 +353,6 @@ class ScoreAsAction(Algorithm):
             apart = at.a - notes["old"].to(at.a)
             ratio = torch.exp(-_dot(apart, apart).sqrt())
         return Terms(loss=-gain, metrics={"ratio": ratio})
-
-    def _kl(
-        self, policy: GaussianPolicy, at: At, other: State, other_before: State | None
-    ) -> Float[Tensor, " N"]:
-        """KL(policy || who said ``other``) of each step, in the definition of ``kl``."""
-        if self.kl == "continuous":
-            return continuous_kl(
-                policy.network.schedule,
-                at.t,
-                at.s,
-                at.a,
-                other,
-                prediction=policy.network.prediction,
-                eta=policy.decoder.noise_eta,
-            )
-        step, random = at.with_density()
-        before = {}
-        if isinstance(step, TwoStep):
-            before = {"a_before": at.a_before, "a_before_ref": other_before}
-        return torch.where(random, step_kl(step, at.a, other, **before), 0.0)
-
-    def _path_kl(
-        self, policy: GaussianPolicy, path: GaussianTrajectory, said: Tensor, other: Tensor
-    ) -> Float[Tensor, "B T"]:
-        """``_kl`` of every step of every path, from outputs at all states."""
-        columns = []
-        times = policy.times.to(said.device)
-        for k in range(path.n_steps):
-            before = max(k - 1, 0)
-            rows = slice(k, k + 1)
-            step = None if isinstance(policy.steps, HeunStep) else policy.steps.take(rows)
-            at = At(
-                step if step is None else step.to(said.device),
-                times[rows],
-                times[k + 1 : k + 2],
-                path.path[:, k],
-                said[:, k],
-                path.path[:, before],
-                said[:, before],
-            )
-            columns.append(self._kl(policy, at, other[:, k], other[:, before]))
-        return torch.stack(columns, 1).to(path.log_prob)
-
-    def _values(
-        self, policy: GaussianPolicy, critic: ValueCritic, path: GaussianTrajectory
-    ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"] | None]:
-        """V before every step, and r(hat x_0) there unless the critic has no use for it.
-
-        Where c_skip is 0, at the noise end, nothing is judged.
-        """
-        n_steps, said = path.n_steps, _said(path)
-        times = policy.times.to(said.device)
-        judged = coefficients(self.design, times)[0][:n_steps] > 1e-6
-
-        def part(rows: Int[Tensor, " n"]) -> tuple[Tensor, Tensor]:
-            sample, k = (rows // n_steps).to(said.device), (rows % n_steps).to(said.device)
-            x, given, skip = path.path[sample, k], path.prompts.take(sample), None
-            if critic.reward is not None:
-                some = judged[k].nonzero()[:, 0]
-                hat = _stands_for(policy, said[sample, k][some], x[some], times[k][some])
-                seen = critic.reward(policy.finished(hat), given.take(some))
-                skip = torch.zeros_like(times[k]).to(x).index_copy(0, some, seen.to(x))
-            value = critic.value(x, times[k], given.inputs, skip)
-            return value, value if skip is None else skip
-
-        parts = over_rows(part, said.shape[0] * n_steps, at_most=policy.forward_rows)
-        value, skip = (torch.cat(column).view(-1, n_steps) for column in zip(*parts, strict=True))
-        return value, None if critic.reward is None else skip
-
-    def _slopes(
-        self, policy: GaussianPolicy, critic: ValueCritic, path: GaussianTrajectory
-    ) -> Float[Tensor, "B T *shape"]:
-        """grad V in x, at the state after every step, or before it (``weighting``)."""
-        n_steps, said = path.n_steps, _said(path)
-        times = policy.times.to(said.device)
-        times = torch.where(torch.arange(len(times), device=said.device) == n_steps, 0.0, times)
-
-        def part(rows: Int[Tensor, " n"]) -> Tensor:
-            sample, k = (rows // n_steps).to(said.device), (rows % n_steps).to(said.device)
-            k = k + (self.weighting == "solver")
-            t, given = times[k], path.prompts.take(sample)
-            x = path.path[sample, k].requires_grad_()
-            skip = None
-            if critic.reward is not None:
-                output = said[sample, k.clamp(max=n_steps - 1)]
-                if self.through_score:
-                    output = policy.network.predict(x, t.to(x), given.inputs)
-                noisy = torch.where(k < n_steps, t, times[0])  # any time with noise, at the end
-                end = (k == n_steps).view(-1, *(1,) * (x.ndim - 1))
-                hat = torch.where(end, x, _stands_for(policy, output, x, noisy))
-                skip = critic.reward(policy.finished(hat), given)
-                if not skip.requires_grad:
-                    raise ValueError(
-                        f"score_as_action: form='score_gradient' with design='{self.design}' "
-                        f"differentiates the reward, but its gradient does not reach the sample "
-                        f"(a black box, or a decoder in between); use design='plain'"
-                    )
-            value = critic.value(x, t, given.inputs, skip)
-            (slope,) = torch.autograd.grad(value.sum(), x)
-            return slope
-
-        with torch.enable_grad():
-            parts = over_rows(part, said.shape[0] * n_steps, at_most=policy.forward_rows)
-        return torch.cat(parts).view_as(said)
 
     def _targets(
         self, value: Float[Tensor, "B M"], kl: Float[Tensor, "B T"]
@@ -480,35 +395,7 @@ def _pull(policy: GaussianPolicy, at: At) -> State:
     eta = policy.decoder.noise_eta if policy.decoder.is_random else 0.0
     on_a = score_coefficients(network.prediction, schedule.alpha(at.t), schedule.sigma(at.t))[1]
     weight = (1 + eta**2) / 2 * schedule.g2_integral(at.s, at.t) * on_a
-    if not bool(weight.isfinite().all()):
-        raise ValueError(
-            f"score_as_action: g^2 of {schedule} is infinite at pure noise; start below "
-            f"it (t_max), or use weighting='solver'"
-        )
     return weight.to(at.a).view(-1, *(1,) * (at.a.ndim - 1)) * at.a
-
-
-def _stands_for(policy: GaussianPolicy, a: State, x: State, t: Float[Tensor, " N"]) -> State:
-    """hat x_0, what the network takes each state for."""
-    schedule = policy.network.schedule
-    return convert_prediction(
-        a, x, schedule.alpha(t), schedule.sigma(t), source=policy.network.prediction, target="x_0"
-    )
-
-
-def _outputs(policy: GaussianPolicy, path: GaussianTrajectory) -> Float[Tensor, "B T *shape"]:
-    """What a policy says of every state that is left, a part at a time."""
-    n_steps, states = path.n_steps, path.path
-    times = policy.times.to(states.device)
-
-    def part(rows: Int[Tensor, " n"]) -> Tensor:
-        sample, k = (rows // n_steps).to(states.device), (rows % n_steps).to(states.device)
-        inputs = {name: value[sample] for name, value in path.prompts.inputs.items()}
-        x = states[sample, k]
-        return policy.network.predict(x, times[k].to(x), inputs).to(x.dtype)
-
-    parts = over_rows(part, len(states) * n_steps, at_most=policy.forward_rows)
-    return torch.cat(parts).view_as(states[:, :-1])
 
 
 def _columns(note: Tensor, step: Int[Tensor, "B K"]) -> Tensor:

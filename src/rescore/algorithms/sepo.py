@@ -196,7 +196,7 @@ class Sepo(Algorithm):
                 "or another mode"
             )
 
-    def critic(self, task: Task, seed: int) -> Critic:
+    def critic(self, task: Task, decoder: Decoding, seed: int) -> Critic:
         assert isinstance(task, TokenTask)
         prompts = task.prompts("train", torch.zeros(1, dtype=torch.long))
         return critic_for(prompts, max(task.vocab_size, task.mask_id + 1), seed)
@@ -256,13 +256,15 @@ class Sepo(Algorithm):
         weight = torch.where(active, scored.step_weight / len(reward), 0.0)
         return Credited(**scored.fields(), advantage=advantage, weight=weight)
 
-    def fit(self, models: Models, credited: Credited) -> None:
-        if models.critic is not None:
-            assert isinstance(models.critic, Critic)
-            prompts = _tokens(credited.trajectory).prompts
-            models.critic.fit(
-                prompts, credited.reward, lr=self.critic_lr, epochs=self.critic_epochs
-            )
+    def fit(self, models: Models, credited: Credited) -> dict[str, float]:
+        if models.critic is None:
+            return {}
+        assert isinstance(models.critic, Critic)
+        prompts = _tokens(credited.trajectory).prompts
+        error = models.critic.fit(
+            prompts, credited.reward, lr=self.critic_lr, epochs=self.critic_epochs
+        )
+        return {"value_error": float(error)}
 
     def loss(self, models: Models, actions: Actions, rng: Rng) -> Terms:
         policy, notes, trajectory = _rates(models.new), actions.notes, _tokens(actions.trajectory)

@@ -16,7 +16,7 @@ from rescore.models.denoiser import Denoiser, ScoreNetwork
 from rescore.models.gaussian_network import Decodes, GaussianNetwork
 from rescore.processes.convert import Prediction
 from rescore.processes.ctmc import Process
-from rescore.processes.gaussian import GaussianSchedule
+from rescore.processes.gaussian_schedules import GaussianSchedule
 from rescore.types import State
 
 M = TypeVar("M", bound=nn.Module)
@@ -139,8 +139,7 @@ class WithoutAdapters:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        if not isinstance(module, Denoiser):
-            raise ValueError(f"{type(module).__name__} is not a Denoiser")
+        assert isinstance(module, Denoiser)
         self._network = module
 
     @property
@@ -169,8 +168,7 @@ class ScoresWithoutAdapters:
     """The same view of a ``ScoreNetwork``."""
 
     def __init__(self, module: nn.Module) -> None:
-        if not isinstance(module, ScoreNetwork):
-            raise ValueError(f"{type(module).__name__} is not a ScoreNetwork")
+        assert isinstance(module, ScoreNetwork)
         self._network = module
 
     @property
@@ -194,29 +192,28 @@ class OutputsWithoutAdapters:
     """The same view of a ``GaussianNetwork``."""
 
     def __init__(self, module: nn.Module) -> None:
-        if not isinstance(module, GaussianNetwork):
-            raise ValueError(f"{type(module).__name__} is not a GaussianNetwork")
-        self.module, self._network = module, module
+        assert isinstance(module, GaussianNetwork)
+        self.module = module
 
     @property
     def schedule(self) -> GaussianSchedule:
         """Of the network."""
-        return self._network.schedule
+        return self.module.schedule
 
     @property
     def prediction(self) -> Prediction:
         """Of the network."""
-        return self._network.prediction
+        return self.module.prediction
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the network's samples."""
-        return self._network.shape
+        return self.module.shape
 
     def predict(self, x_t: State, t: Float[Tensor, " B"], inputs: Mapping[str, Tensor], /) -> State:
         """Output of the network without its adapters."""
         with adapters_off(self.module):
-            return self._network.predict(x_t, t, inputs)
+            return self.module.predict(x_t, t, inputs)
 
 
 class CodesWithoutAdapters(OutputsWithoutAdapters):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rescore.models.denoiser import NetworkConfig
 from rescore.processes.convert import Prediction
-from rescore.processes.gaussian import GaussianSchedule, VariancePreserving
+from rescore.processes.gaussian_schedules import GaussianSchedule, VariancePreserving
 from rescore.types import State
 
 

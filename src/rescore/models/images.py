@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from rescore.models.language import Dtype, require
 from rescore.processes.convert import Prediction
-from rescore.processes.gaussian import DiscreteTable, GaussianSchedule, RectifiedFlow
+from rescore.processes.gaussian_schedules import DiscreteTable, GaussianSchedule, RectifiedFlow
 from rescore.types import State
 
 Kind = Literal["sd15", "sdxl", "sd3", "flux"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rescore.models.value import N_TIMES, draw_weights, time_features
 from rescore.processes.convert import Prediction, convert_prediction
-from rescore.processes.gaussian import GaussianSchedule
+from rescore.processes.gaussian_schedules import GaussianSchedule
 from rescore.types import State
 
 

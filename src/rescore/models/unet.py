@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from rescore.models.gaussian_network import GaussianConfig
 from rescore.processes.convert import Prediction
-from rescore.processes.gaussian import GaussianSchedule
+from rescore.processes.gaussian_schedules import GaussianSchedule
 
 GROUP = 8
 """Channels that a group norm takes together."""

@@ -22,13 +22,17 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rescore.models.critics import Learned
 from rescore.types import Conditions, State
 
 Design = Literal["cos_sin", "linear", "constant", "plain"]
+States = tuple[State, Float[Tensor, " n"], Mapping[str, Tensor]]
+"""States, their times and what the network is told besides."""
+SEEDS = 1_000_003
+"""Above every number of fits, so that runs of different seeds draw different batches."""
 
 
 def coefficients(
@@ -53,6 +57,7 @@ class ValueCritic(Learned):
             output is shifted and scaled to the first targets it is fitted to.
         design: of c_skip and c_out.
         reward: r, called with outputs and what was given; None for ``plain``.
+        seed: of the order in which it sees states.
     """
 
     level: Tensor
@@ -67,6 +72,8 @@ class ValueCritic(Learned):
         body: nn.Module,
         design: Design,
         reward: Callable[[State, Conditions], Float[Tensor, " B"]] | None = None,
+        *,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if (reward is None) != (design == "plain"):
@@ -76,6 +83,7 @@ class ValueCritic(Learned):
             )
         self.reward = reward
         self.body = body
+        self.seed = seed
         self.design: Design = design
         self.register_buffer("level", torch.zeros(()))
         self.register_buffer("spread", torch.ones(()))
@@ -93,7 +101,7 @@ class ValueCritic(Learned):
         """V in float32, reward units, with gradients if they are enabled.
 
         Args:
-            x_t: states.
+            x_t: states, ``n_states`` of ``value_critic_for`` at a time.
             t: their times.
             inputs: what the network is told besides.
             skip: r(hat x_0), the reward of what the policy takes each state for; None for
@@ -107,21 +115,27 @@ class ValueCritic(Learned):
 
     def fit(
         self,
-        x_t: State,
-        t: Float[Tensor, " N"],
-        inputs: Mapping[str, Tensor],
+        look: Callable[[Int[Tensor, " n"]], States],
         skip: Float[Tensor, " N"] | None,
         target: Float[Tensor, " N"],
         *,
         lr: float,
         epochs: int,
         batch: int,
-        generator: torch.Generator,
     ) -> float:
-        """Adam on the mean squared error to ``target``, in batches drawn by a CPU generator.
+        """Adam on the mean squared error to ``target``, in batches of an order drawn from the seed.
+
+        Args:
+            look: states, their times and what the network is told besides, by their numbers.
+            skip: as of ``value``.
+            target: of each state, reward units.
+            lr: learning rate.
+            epochs: passes over all states.
+            batch: states per step of Adam.
 
         Returns:
-            The share of the variance of the targets that V explained before this fit.
+            The share of the variance of the targets that V explained in the first pass, in which
+            every state is judged before it is learned from.
         """
         spread = target.std(correction=0)
         if not self.scaled:  # until targets differ there is no scale to take from them
@@ -130,14 +144,13 @@ class ValueCritic(Learned):
             self.spread.copy_(torch.where(self.scaled, spread, 1.0))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        error = torch.zeros((), dtype=torch.float64, device=x_t.device)
+        generator = torch.Generator().manual_seed(SEEDS * self.seed + int(self.fitted))
+        error = torch.zeros((), dtype=torch.float64, device=target.device)
         with torch.enable_grad():
             for epoch in range(epochs):
-                for rows in torch.randperm(len(t), generator=generator).split(batch):
-                    rows = rows.to(x_t.device)
-                    some = {name: value[rows] for name, value in inputs.items()}
-                    rest = None if skip is None else skip[rows]
-                    value = self.value(x_t[rows], t[rows], some, rest)
+                for rows in torch.randperm(len(target), generator=generator).split(batch):
+                    rows = rows.to(target.device)
+                    value = self.value(*look(rows), None if skip is None else skip[rows])
                     squared = (value - target[rows].to(value)).square()
                     self.optimizer.zero_grad()
                     (squared.mean() / self.spread**2).backward()
@@ -283,11 +296,24 @@ def value_critic_for(
     inputs: Mapping[str, Tensor],
     *,
     n_labels: int,
+    n_states: int = 1,
     design: Design,
     reward: Callable[[State, Conditions], Float[Tensor, " B"]] | None = None,
     seed: int,
 ) -> ValueCritic:
-    """The critic of a task: convolutions for images [C H W], else a perceptron."""
+    """The critic of a task: convolutions for images [C H W], else a perceptron.
+
+    Args:
+        shape: of a state.
+        inputs: examples of what the network is told besides.
+        n_labels: values of an input of integers.
+        n_states: states that it is shown at a time, one after the other in the first dimension: 2
+            of two-step solvers, for the one before belongs to what they are in.
+        design: of ``ValueCritic``.
+        reward: of ``ValueCritic``.
+        seed: of the weights, and of the order in which it sees states.
+    """
+    shape = (n_states * shape[0], *shape[1:])
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):  # layers draw weights of their own; they are replaced
         if len(shape) == 3:
@@ -295,4 +321,4 @@ def value_critic_for(
         else:
             n_dims = math.prod(shape)
             body = ValueMlp(n_dims, inputs, n_labels=n_labels, generator=generator)
-    return ValueCritic(body, design, reward)
+    return ValueCritic(body, design, reward, seed=seed)

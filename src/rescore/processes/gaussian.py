@@ -1,8 +1,4 @@
-r"""Gaussian noise: its schedules, and all that follows from a reverse step that is affine.
-
-Data x_0 are seen through x_t = alpha_t x_0 + sigma_t eps, the law at time t of
-
-    dx = f(t) x dt + g(t) dw,    f = (log alpha)',    g^2 = (sigma^2)' - 2 f sigma^2.
+r"""Gaussian noise: all that follows from a reverse step that is affine.
 
 A solver (``rescore.processes.solvers``) moves from t to s < t by a step that is affine in the
 output a of the network, whatever it predicts, and in a noise z ~ N(0, I):
@@ -18,7 +14,9 @@ can serve is a matter of its type:
                          none: the next state has no density given the last. For sampling,
                          evaluation, and losses through the reward's gradient or without a path
 
-Log-probabilities are in nats, sums over all dimensions of a sample, in float32 or better.
+Log-probabilities are in nats, sums over all dimensions of a sample, in float32 or better. Values of
+coefficients and times are checked where they are on the CPU. On another device a look at them would
+wait for it at every call; what has no likelihood or no rate gives numbers that are not finite.
 """
 
 from __future__ import annotations
@@ -30,225 +28,14 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from rescore.processes.convert import Prediction, score_coefficients
+from rescore.processes.gaussian_schedules import GaussianSchedule
 from rescore.types import State
 
 C = TypeVar("C", bound="_Rows")
-
-# ---- schedules -----------------------------------------------------------------------------------
-
-
-class _Preserving:
-    """alpha^2 + sigma^2 = 1: all follows from beta and its integral n, alpha^2 = exp(-n)."""
-
-    def beta(self, t: Shaped[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-        raise NotImplementedError
-
-    def beta_integral(self, t: Shaped[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-        raise NotImplementedError
-
-    def alpha(self, t: Shaped[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-        """Amplitude of the signal, float64."""
-        return torch.exp(-self.beta_integral(t) / 2)
-
-    def sigma(self, t: Shaped[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-        """Standard deviation of the noise, float64."""
-        return torch.sqrt(-torch.expm1(-self.beta_integral(t)))
-
-    def log_snr(self, t: Shaped[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-        """log(alpha^2 / sigma^2)."""
-        return -torch.log(torch.expm1(self.beta_integral(t)))
-
-    def drift(self, t: Shaped[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-        """f = -beta / 2."""
-        return -self.beta(t) / 2
-
-    def g2(self, t: Shaped[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-        """g^2 = beta."""
-        return self.beta(t)
-
-    def g2_integral(self, s: Shaped[Tensor, "*B"], t: Shaped[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-        """Integral of g^2 from s to t: log(alpha_s^2 / alpha_t^2)."""
-        return self.beta_integral(t) - self.beta_integral(s)
-
-
-@dataclass(frozen=True)
-class VariancePreserving(_Preserving):
-    """dx = -beta x / 2 dt + sqrt(beta) dw with beta linear in t, from beta_min to beta_max.
-
-    Source: the VP SDE of Song et al. 2021, arXiv:2011.13456, with its usual constants.
-
-    Raises:
-        ValueError: not 0 <= beta_min <= beta_max with beta_max > 0.
-        TypeError: a time of an integer dtype.
-    """
-
-    beta_min: float = 0.1
-    beta_max: float = 20.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.beta_min <= self.beta_max < math.inf or self.beta_max == 0:
-            raise ValueError(
-                f"beta runs from {self.beta_min} to {self.beta_max}, but it must start at 0 or "
-                "more, not fall, and end above 0"
-            )
-
-    def beta(self, t: Shaped[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-        """Rate of the noise at t."""
-        return self.beta_min + (self.beta_max - self.beta_min) * _time(t)
-
-    def beta_integral(self, t: Shaped[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-        """Integral of beta from 0 to t."""
-        t = _time(t)
-        return self.beta_min * t + (self.beta_max - self.beta_min) * t**2 / 2
-
-
-@dataclass(frozen=True, eq=False)
-class DiscreteTable(_Preserving):
-    """The table of alpha^2 that a model was trained with, as diffusers' ``alphas_cumprod``.
-
-    Entry n of M stands at time (n + 1) / M (``time_of``); time 0 is what comes after entry 0. In
-    between log alpha^2 is linear, so that beta is constant over each interval; at an entry it is
-    that of the interval below, which a step down from there runs through.
-
-    Raises:
-        ValueError: entries not in [0, 1) or not falling, or ``final`` out of place.
-        TypeError: a time of an integer dtype.
-    """
-
-    alphas_cumprod: Float[Tensor, " M"]
-    """alpha^2 of every entry, clean to noisy."""
-    final: float = 1.0
-    """alpha^2 at time 0: 1 (diffusers' ``set_alpha_to_one=True``), or the first entry (False)."""
-
-    def __post_init__(self) -> None:
-        table = self.alphas_cumprod.double()
-        if len(table) == 0 or bool(
-            (table.diff() >= 0).any() | (table < 0).any() | (table >= 1).any()
-        ):
-            raise ValueError(
-                "alphas_cumprod must fall from entry to entry and lie in [0, 1), "
-                f"but its ends are {table[:1].tolist()} and {table[-1:].tolist()}"
-            )
-        if not float(table[0]) <= self.final <= 1:
-            raise ValueError(
-                f"final is {self.final}, but time 0 has less noise than the first entry: give 1.0 "
-                f"or alphas_cumprod[0] = {float(table[0])}"
-            )
-
-    def time_of(self, entry: Int[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-        """(n + 1) / M, the time of entry n; the entry -1 is time 0."""
-        return (entry.double() + 1) / len(self.alphas_cumprod)
-
-    def beta(self, t: Shaped[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-        """Slope of -log alpha^2 in the interval that ends at t."""
-        noise, below, _ = self._locate(t)
-        return (noise[below + 1] - noise[below]) * len(self.alphas_cumprod)
-
-    def beta_integral(self, t: Shaped[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-        """-log alpha^2, which starts at -log final."""
-        noise, below, part = self._locate(t)
-        return noise[below] + part * (noise[below + 1] - noise[below])
-
-    def _locate(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """-log alpha^2 at 0, 1/M, ..., 1; the interval (below, below + 1] of t; the place in it."""
-        t = _time(t)
-        table = self.alphas_cumprod.to(t)
-        noise = -torch.cat([table.new_tensor([self.final]), table]).log()
-        place = t * len(table)
-        entry = place.round()
-        place = torch.where((place - entry).abs() < 1e-4, entry, place)  # times from float32
-        below = (place.ceil().long() - 1).clamp(min=0)
-        return noise, below, place - below
-
-
-@dataclass(frozen=True)
-class VarianceExploding:
-    """dx = g dw, sigma_t = sigma_min (sigma_max / sigma_min)^t. At t = 0 some noise is left.
-
-    Source: the VE SDE of Song et al. 2021, arXiv:2011.13456, with its usual constants.
-
-    Raises:
-        ValueError: not 0 < sigma_min < sigma_max.
-        TypeError: a time of an integer dtype.
-    """
-
-    sigma_min: float = 0.01
-    sigma_max: float = 50.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.sigma_min < self.sigma_max < math.inf:
-            raise ValueError(
-                f"sigma runs from {self.sigma_min} to {self.sigma_max}, but it must grow between "
-                "two positive numbers"
-            )
-
-    def alpha(self, t: Shaped[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-        """Amplitude of the signal: 1."""
-        return torch.ones_like(_time(t))
-
-    def sigma(self, t: Shaped[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-        """Standard deviation of the noise, float64."""
-        return self.sigma_min * (self.sigma_max / self.sigma_min) ** _time(t)
-
-    def log_snr(self, t: Shaped[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-        """log(alpha^2 / sigma^2)."""
-        return -2 * torch.log(self.sigma(t))
-
-    def drift(self, t: Shaped[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-        """f = 0."""
-        return torch.zeros_like(_time(t))
-
-    def g2(self, t: Shaped[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-        """g^2 = (sigma^2)'."""
-        return 2 * math.log(self.sigma_max / self.sigma_min) * self.sigma(t) ** 2
-
-    def g2_integral(self, s: Shaped[Tensor, "*B"], t: Shaped[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-        """Integral of g^2 from s to t: sigma_t^2 - sigma_s^2."""
-        return self.sigma(t) ** 2 - self.sigma(s) ** 2
-
-
-@dataclass(frozen=True)
-class RectifiedFlow:
-    """x_t = (1 - t) x_0 + t eps. A shift of the noise levels is a choice of times.
-
-    Source: Liu et al. 2022, arXiv:2209.03003, with data at t = 0 as in SD3, arXiv:2403.03206.
-
-    Raises:
-        TypeError: a time of an integer dtype.
-    """
-
-    def alpha(self, t: Shaped[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-        """1 - t, float64."""
-        return 1 - _time(t)
-
-    def sigma(self, t: Shaped[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-        """t, float64."""
-        return _time(t)
-
-    def log_snr(self, t: Shaped[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-        """log(alpha^2 / sigma^2)."""
-        return 2 * (torch.log1p(-_time(t)) - torch.log(_time(t)))
-
-    def drift(self, t: Shaped[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-        """f = -1 / (1 - t)."""
-        return -1 / (1 - _time(t))
-
-    def g2(self, t: Shaped[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-        """g^2 = 2 t / (1 - t), infinite at t = 1."""
-        return 2 * _time(t) / (1 - _time(t))
-
-    def g2_integral(self, s: Shaped[Tensor, "*B"], t: Shaped[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-        """Integral of g^2 from s to t: 2 (s - t) + 2 log((1 - s) / (1 - t)); infinite at t = 1."""
-        s, t = _time(s), _time(t)
-        return 2 * (s - t + torch.log1p(-s) - torch.log1p(-t))
-
-
-GaussianSchedule = VariancePreserving | VarianceExploding | RectifiedFlow | DiscreteTable
-"""Any of the schedules. f, g^2 and their integrals are per unit of t; all values are float64."""
 
 # ---- steps ---------------------------------------------------------------------------------------
 
@@ -420,11 +207,13 @@ def step_log_prob(
         ValueError: a deterministic step, or a row with std = 0; and as ``mean``.
     """
     _check_density(step)
-    residual = _precise(x_s) - mean(step, x_t, a, x_before=x_before, a_before=a_before)
+    past = {"x_before": x_before, "a_before": a_before}
+    wide = {name: None if value is None else value.double() for name, value in past.items()}
+    residual = x_s.double() - mean(step, x_t.double(), a.double(), **wide)
     std = step.std.to(residual.device)
     n_dims = math.prod(residual.shape[1:])
     constant = n_dims * (torch.log(std) + 0.5 * math.log(2 * math.pi))
-    return -_dot(residual, residual).double() / (2 * std**2) - constant
+    return -_dot(residual, residual) / (2 * std**2) - constant
 
 
 def log_ratio(
@@ -616,7 +405,7 @@ def _score_gain(
     schedule: GaussianSchedule, t: Float[Tensor, " N"], prediction: Prediction
 ) -> Float[Tensor, " N"]:
     """Change of the score per change of the network's output."""
-    if not bool(schedule.g2(t).isfinite().all()):
+    if t.device.type == "cpu" and not bool(schedule.g2(t).isfinite().all()):
         raise ValueError(f"g^2 of {schedule} is infinite at some t (pure noise): start below t = 1")
     return score_coefficients(prediction, schedule.alpha(t), schedule.sigma(t))[1]
 
@@ -672,7 +461,7 @@ def _check_random(step: object) -> RandomStep:
 
 def _check_density(step: object) -> None:
     is_random = _check_random(step).is_random
-    if not bool(is_random.all()):
+    if is_random.device.type == "cpu" and not bool(is_random.all()):
         rows = (~is_random).nonzero().flatten().tolist()
         raise ValueError(
             f"rows {rows} of the steps have std = 0, as a last step to s = 0 has, and no density: "
@@ -701,13 +490,3 @@ def _dot(x: Tensor, y: Tensor) -> Float[Tensor, " B"]:
 
 def _precise(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
-
-
-def _time(t: Tensor) -> Tensor:
-    """``t`` in float64; times of an integer dtype have lost their fractions already."""
-    if not t.is_floating_point():
-        raise TypeError(
-            f"times have dtype {t.dtype}, in which every t below 1 is 0: pass a float tensor "
-            "(of entries of a DiscreteTable, time_of makes times)"
-        )
-    return t.double()

@@ -23,11 +23,10 @@ from rescore.processes.gaussian import (
     AffineStep,
     DeterministicStep,
     DeterministicTwoStep,
-    GaussianSchedule,
     HeunStep,
-    RectifiedFlow,
     TwoStep,
 )
+from rescore.processes.gaussian_schedules import GaussianSchedule, RectifiedFlow
 
 Times = Float[Tensor, " N"] | float
 

@@ -125,9 +125,8 @@ class GaussianCase(Claim):
     world: GaussianWorld
     kl: KlMeaning = "step"
     """Of the objective."""
-    value: Literal["exact", "wrong", "ddim"] | None = None
-    """What the critic says: the value of this chain, something else, or the value of the chain of
-    ``ddim``, for solvers whose value is a function of two states. None = there is no critic."""
+    value: Literal["exact", "wrong"] | None = None
+    """What the critic says: the value of this chain, or something else. None = there is none."""
     group_size: int = 2
     """1 for methods whose samples know nothing of each other: longer chains can be enumerated."""
     through: Literal["all", "random"] = "all"
@@ -155,13 +154,10 @@ class GaussianCase(Claim):
         if self.value is None:
             return None
         if isinstance(self.algorithm, Dpok):
-            return self._valued().critic(wrong=self.value == "wrong")
+            return self.world.critic(wrong=self.value == "wrong")
         assert isinstance(self.algorithm, ScoreAsAction)
         design, wrong = self.algorithm.design, self.value == "wrong"
-        return self._valued().critic(self.beta, self.kl, design=design, wrong=wrong)
-
-    def _valued(self) -> GaussianWorld:
-        return replace(self.world, solver="ddim") if self.value == "ddim" else self.world
+        return self.world.critic(self.beta, self.kl, design=design, wrong=wrong)
 
 
 def _settings(instance: Algorithm | Score) -> Iterator[str]:
@@ -454,13 +450,11 @@ def score_as_action() -> Iterator[GaussianCase]:
     """Both forms are exact with the value of the chain, for the KL that they are told to use."""
     for form in ("ppo", "score_gradient"):
         default = ScoreAsAction(form=form)
-        for world in ONE_STATE:
+        for world in (*ONE_STATE, *TWO_STATES):
             yield _valued(default, world)
             if world.noise == "vp":
                 yield _valued(replace(default, kl="continuous"), world)
         yield from score_as_action_options(default)
-        for world in TWO_STATES:
-            yield _valued(default, world, value="ddim", factor=None)
 
     default = ScoreAsAction()
     for world in (TWO_DDIM, ONE_DDIM):
@@ -473,8 +467,10 @@ def score_as_action() -> Iterator[GaussianCase]:
         yield _valued(replace(default, beta=0.0), world, through="random")
 
     default = ScoreAsAction(form="score_gradient")
-    for world in QUIET:
-        yield _valued(default, world)
+    for world in QUIET:  # trained where nothing costs, or where the KL of a step is known
+        yield _valued(replace(default, beta=0.0), world)
+        yield _valued(default, world, factor=None)
+        yield _valued(default, world, through="random")
     for world in WITHOUT_NOISE:
         yield _valued(replace(default, beta=0.0), world)
         yield _valued(replace(default, kl="continuous"), world)
@@ -501,7 +497,7 @@ def _valued(
     algorithm: ScoreAsAction,
     world: GaussianWorld,
     *,
-    value: Literal["exact", "wrong", "ddim"] = "exact",
+    value: Literal["exact", "wrong"] = "exact",
     group_size: int = 1,
     through: Literal["all", "random"] = "all",
     factor: float | None = 1.0,
@@ -523,10 +519,8 @@ def dpok() -> Iterator[GaussianCase]:
     """Any V(x, t) is a baseline; the KL takes its states as given, as it does in ``egspo``."""
     default = Dpok()
     plain = replace(default, beta=0.0)
-    for world, value in itertools.product(ONE_STATE, ("exact", "wrong")):
+    for world, value in itertools.product((*ONE_STATE, *TWO_STATES), ("exact", "wrong")):
         yield GaussianCase(algorithm=plain, world=world, value=value, group_size=1, factor=1.0)
-    for world in TWO_STATES:
-        yield GaussianCase(algorithm=plain, world=world, value="ddim", group_size=1, factor=1.0)
     for world, through in itertools.product(QUIET, ("all", "random")):
         yield GaussianCase(
             algorithm=plain,

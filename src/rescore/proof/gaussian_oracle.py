@@ -22,7 +22,8 @@ from torch import Tensor
 from rescore.algorithms.base import Algorithm
 from rescore.models.critics import Learned
 from rescore.proof.gaussian_worlds import POLICY, REFERENCE, GaussianWorld, KlMeaning
-from rescore.proof.oracle import EnumeratingRng, Estimate
+from rescore.proof.oracle import EnumeratingRng, Estimate, on_all_outcomes
+from rescore.proof.score_oracle import gradients_of
 from rescore.sampling.gaussian_policy import GaussianPolicy
 from rescore.sampling.policy import Models
 from rescore.sampling.record import Record
@@ -67,13 +68,9 @@ class Draws(NamedTuple):
 
 def enumerate_draws(policy: GaussianPolicy, world: GaussianWorld, record: Record) -> Draws:
     """Run the sampler on all outcomes of its draws, with gradients through the states."""
-    dry = QuadratureRng(torch.zeros(1, dtype=torch.long))
-    with torch.no_grad():
-        policy.draw(world.prompts(1), record, dry)
-    rng = QuadratureRng(torch.arange(dry.n_outcomes))
-    with torch.enable_grad():
-        trajectory = policy.draw(world.prompts(dry.n_outcomes), record, rng)
-    return Draws(trajectory, rng.probability)
+    return Draws(
+        *on_all_outcomes(lambda n, rng: policy.draw(world.prompts(n), record, rng), QuadratureRng)
+    )
 
 
 def exact_gradient(
@@ -179,19 +176,12 @@ class GaussianGroups:
         return together
 
     def _action_gradients(self, actions: Actions) -> tuple[Float[Tensor, "N 3"], float]:
-        """Minus the gradient of the loss of each action, and the network rows each needs.
-
-        The gradient of a weighted sum of losses is linear in the weights; its derivative by them,
-        one parameter at a time, gives that of every loss.
-        """
+        """Minus the gradient of the loss of each action, and the network rows each needs."""
         n_actions, rows = len(actions.step), self._rows()
         rng = QuadratureRng(torch.zeros(n_actions, dtype=torch.long))
         loss = self.algorithm.loss(self.models, actions, rng).loss
         assert rng.n_outcomes == 1, "a loss that draws has to be enumerated, which is not done here"
-        weight = torch.ones_like(loss, requires_grad=True)
-        (slope,) = torch.autograd.grad((loss * weight).sum(), self.parameters, create_graph=True)
-        columns = [torch.autograd.grad(one, weight, retain_graph=True)[0] for one in slope]
-        return -torch.stack(columns, 1), (self._rows() - rows) / n_actions
+        return -gradients_of(loss, [self.parameters]), (self._rows() - rows) / n_actions
 
     def _rows(self) -> int:
         return self.new.rows + (0 if self.ref is None else self.ref.rows)

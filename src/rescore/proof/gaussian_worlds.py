@@ -19,13 +19,14 @@ from rescore.models.value import Design, ValueCritic, coefficients
 from rescore.processes.convert import Prediction, convert_prediction
 from rescore.processes.gaussian import (
     AffineStep,
-    DeterministicStep,
-    GaussianSchedule,
-    RectifiedFlow,
-    VariancePreserving,
+    DeterministicTwoStep,
+    HeunStep,
+    Step,
+    TwoStep,
     continuous_kl,
     step_kl,
 )
+from rescore.processes.gaussian_schedules import GaussianSchedule, RectifiedFlow, VariancePreserving
 from rescore.sampling.decoder import GaussianDecoder, Solver
 from rescore.sampling.gaussian_policy import At, GaussianPolicy
 from rescore.types import Conditions, State
@@ -117,31 +118,51 @@ class GaussianWorld:
         past = {"a_before": new.a_before, "a_before_ref": ref.a_before}
         return torch.where(random, step_kl(step, new.a, ref.a, **past), 0.0)
 
-    def values(self, beta: float, kl: KlMeaning) -> Float[Tensor, "M 3"]:
-        """V(x, t_k) = E[r - beta (KL of the steps from k on) | x_k = x] of the policy's chain.
+    def values(self, beta: float, kl: KlMeaning) -> Float[Tensor, "M 3 3"]:
+        """V(x, y, t_k) = E[r - beta (KL of the steps from k on) | x_k = x, x_{k-1} = y].
 
-        Coefficients of 1, x and x^2 at every time, by recursion from the end, where V is r.
-
-        Raises:
-            ValueError: a two-step solver, whose value is a function of two states.
+        Of the policy's chain: a quadratic form in u = (1, x, y) at every time, by recursion from
+        the end, where V is r. Only two-step solvers look at y.
         """
         new, ref = (self.policy(theta)[0] for theta in (POLICY, REFERENCE))
-        table = new.steps
-        if not isinstance(table, AffineStep | DeterministicStep):
-            raise ValueError(f"{self.solver} looks at two states, so its value is no V(x, t)")
-        value = CURVATURE * _vector(-(GOAL**2), 2 * GOAL, -1.0)
-        rows, zero, one = [value], _vector(0.0)[:, None], _vector(1.0)[:, None]
+        table, times = new.steps, new.times
+        assert not isinstance(table, HeunStep)
+        value = _form(CURVATURE * _vector(-(GOAL**2), 2 * GOAL, -1.0))
+        rows = [value]
         for k in reversed(range(self.steps)):
-            step, t, s = table.take(slice(k, k + 1)), new.times[[k]], new.times[[k + 1]]
-            std = step.std if isinstance(step, AffineStep) else _vector(0.0)
-            (d, c), (d_ref, c_ref) = (_line(policy, t) for policy in (new, ref))
-            at_one, at_zero = (At(step, t, s, zero, output) for output in (one, zero))
-            price = beta * self.kl(at_one, at_zero, kl) if beta else 0.0
-            value = _expected(value, step.on_a * d, step.on_x + step.on_a * c, std)
-            d, c = d - d_ref, c - c_ref
-            value = value - price * torch.cat([d * d, 2 * c * d, c * c])
+            step, before = table.take(slice(k, k + 1)), max(k - 1, 0)
+            said = torch.stack([_line(new, times[[k]], 1), _line(new, times[[before]], 2)])
+            other = torch.stack([_line(ref, times[[k]], 1), _line(ref, times[[before]], 2)])
+            gains, past = torch.cat([step.on_a, _vector(0.0)]), _vector(0.0)
+            if isinstance(step, TwoStep | DeterministicTwoStep):
+                gains, past = torch.cat([step.on_a, step.on_a_before]), step.on_x_before
+            std = step.std if isinstance(step, AffineStep | TwoStep) else _vector(0.0)
+            mean = gains @ said + torch.cat([_vector(0.0), step.on_x, past])
+            after = torch.stack([_vector(1.0, 0.0, 0.0), mean, _vector(0.0, 1.0, 0.0)])
+            value = after.T @ value @ after + _form(std**2 * value[1, 1] * _vector(1.0, 0.0, 0.0))
+            if beta:
+                apart = said - other
+                price = self._price(step, times[[k]], times[[k + 1]], kl)
+                value = value - beta * apart.T @ price @ apart
             rows.append(value)
         return torch.stack(rows[::-1])
+
+    def _price(
+        self, step: Step, t: Float[Tensor, " 1"], s: Float[Tensor, " 1"], kl: KlMeaning
+    ) -> Float[Tensor, "2 2"]:
+        """The KL of a step, a quadratic form in the differences of its two outputs."""
+        two_step = isinstance(step, TwoStep | DeterministicTwoStep)
+
+        def at(now: float, before: float) -> At:
+            a, a_before = _vector(now)[:, None], _vector(before)[:, None]
+            return At(step, t, s, a, a, a, a_before) if two_step else At(step, t, s, a, a)
+
+        zero = at(0.0, 0.0)
+        one, other, both = (
+            self.kl(at(*apart), zero, kl) for apart in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0))
+        )
+        mixed = (both - one - other) / 2
+        return torch.stack([torch.cat([one, mixed]), torch.cat([mixed, other])])
 
     def critic(
         self,
@@ -161,7 +182,7 @@ class GaussianWorld:
         """
         table = self.values(beta, kl)
         if wrong:
-            table[:-1] += _vector(*WRONG)
+            table[:-1] += _form(_vector(*WRONG))
         return GivenValue(self, table, design)
 
 
@@ -195,15 +216,15 @@ class LinearNetwork(nn.Module):
 
 
 class GivenValue(ValueCritic):
-    """A quadratic for every time, in float64.
+    """A quadratic form of the states for every time, in float64.
 
     Args:
         world: whose times, reward and policy.
-        table: coefficients of 1, x and x^2, a row for every time.
+        table: ``GaussianWorld.values``, or another.
         design: as of ``ValueCritic``.
     """
 
-    def __init__(self, world: GaussianWorld, table: Float[Tensor, "M 3"], design: Design) -> None:
+    def __init__(self, world: GaussianWorld, table: Float[Tensor, "M 3 3"], design: Design) -> None:
         reward = None if design == "plain" else lambda outputs, given: world.reward(outputs)
         super().__init__(nn.Linear(1, 1), design, reward)
         self.world, self.table = world, table
@@ -218,10 +239,13 @@ class GivenValue(ValueCritic):
         skip: Float[Tensor, " N"] | None,
     ) -> Float[Tensor, " N"]:
         """V; the part of it that ``skip`` gives is taken from there."""
-        row = self.table[(t[:, None] - self.times).abs().argmin(1)]
-        value = row[:, 0] + row[:, 1] * x_t[:, 0] + row[:, 2] * x_t[:, 0] ** 2
+        form = self.table[(t[:, None] - self.times).abs().argmin(1)]
+        u = torch.cat([torch.ones_like(x_t[:, :1]), x_t], 1)  # 1, x, and y where there is one
+        n = u.shape[1]
+        value = torch.einsum("ni,nij,nj->n", u, form[:, :n, :n], u)
         if skip is None:
             return value
+        x_t = x_t[:, :1]
         network = self.world.policy(POLICY)[0].network
         alpha, sigma = network.schedule.alpha(t), network.schedule.sigma(t)
         output = network.predict(x_t, t, inputs)
@@ -229,25 +253,25 @@ class GivenValue(ValueCritic):
         return value + coefficients(self.design, t)[0] * (skip - self.world.reward(hat))
 
 
-def _expected(
-    value: Float[Tensor, " 3"], shift: Tensor, gain: Tensor, std: Tensor
-) -> Float[Tensor, " 3"]:
-    """E of a quadratic at shift + gain x + std z, as a quadratic in x; all of length 1."""
-    constant, slope, curvature = value.split(1)
-    return torch.cat(
+def _form(coefficients: Float[Tensor, " 3"]) -> Float[Tensor, "3 3"]:
+    """The quadratic form in (1, x, y) of a quadratic in x, from its coefficients of 1, x, x^2."""
+    constant, slope, curvature = coefficients.tolist()
+    return torch.stack(
         [
-            constant + slope * shift + curvature * (shift**2 + std**2),
-            (slope + 2 * curvature * shift) * gain,
-            curvature * gain**2,
+            _vector(constant, slope / 2, 0.0),
+            _vector(slope / 2, curvature, 0.0),
+            _vector(0.0, 0.0, 0.0),
         ]
     )
 
 
-def _line(policy: GaussianPolicy, t: Float[Tensor, " 1"]) -> tuple[Tensor, Tensor]:
-    """What a linear network says at x = 0, and its slope in x."""
+def _line(policy: GaussianPolicy, t: Float[Tensor, " 1"], place: int) -> Float[Tensor, " 3"]:
+    """What a linear network says, from 1, x and y; of x where ``place`` is 1, else of y."""
     with torch.no_grad():
         at_0, at_1 = policy.network.predict(_vector(0.0, 1.0)[:, None], t.expand(2), {})
-    return at_0, at_1 - at_0
+    line = _vector(0.0, 0.0, 0.0)
+    line[0], line[place] = at_0, at_1 - at_0
+    return line
 
 
 def _vector(*values: float) -> Tensor:

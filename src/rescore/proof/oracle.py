@@ -8,9 +8,11 @@ no log-probability of a step is repeated here.
 
 from __future__ import annotations
 
+import abc
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -25,11 +27,12 @@ from rescore.sampling.discrete import sample_masked
 from rescore.sampling.policy import MaskedPolicy, Models
 from rescore.sampling.record import Record
 from rescore.sampling.rng import Stream
-from rescore.types import Actions, MaskedTrajectory, Scored
+from rescore.types import Actions, Credited, MaskedTrajectory, Scored
 
 GROUP_SIZE = 2
 CHUNK = 2**15
 """Groups treated at once; bounds the memory, changes nothing else."""
+Drawn = TypeVar("Drawn")
 
 
 class EnumeratingRng:
@@ -97,6 +100,23 @@ class EnumeratingRng:
         return digit
 
 
+def on_all_outcomes(
+    sample: Callable[[int, EnumeratingRng], Drawn], kind: type[EnumeratingRng]
+) -> tuple[Drawn, Float[Tensor, " N"]]:
+    """What a sampler makes of every outcome of its draws, and their probabilities, with graphs.
+
+    Args:
+        sample: makes n samples with the draws it is given.
+        kind: of draws.
+    """
+    dry = kind(torch.zeros(1, dtype=torch.long))
+    with torch.no_grad():
+        sample(1, dry)
+    rng = kind(torch.arange(dry.n_outcomes))
+    with torch.enable_grad():
+        return sample(dry.n_outcomes, rng), rng.probability
+
+
 class Paths(NamedTuple):
     """Every path the sampler can take."""
 
@@ -111,14 +131,12 @@ def enumerate_paths(denoiser: Tabled, decoder: Decoder, world: World, record: Re
     Several do where the sampler draws more than it keeps: ``low_confidence`` drops proposals, and a
     slot forgets the steps it exchanged. Paths that keep other steps are other paths.
     """
-    dry = EnumeratingRng(torch.zeros(1, dtype=torch.long))
-    with torch.no_grad():
-        sample_masked(denoiser, decoder, world.prompts(1), record, dry)
-    rng = EnumeratingRng(torch.arange(dry.n_outcomes))
-    with torch.enable_grad():
-        all_of_them = sample_masked(denoiser, decoder, world.prompts(dry.n_outcomes), record, rng)
-    possible = (rng.probability > 0).nonzero()[:, 0]
-    paths, probability = all_of_them.take(possible), rng.probability[possible]
+    all_of_them, probability = on_all_outcomes(
+        lambda n, rng: sample_masked(denoiser, decoder, world.prompts(n), record, rng),
+        EnumeratingRng,
+    )
+    possible = (probability > 0).nonzero()[:, 0]
+    paths, probability = all_of_them.take(possible), probability[possible]
     kept = [] if paths.kept is None else [paths.kept.step]
     name = torch.cat([paths.x_0, paths.rank, *kept], 1)
     path, first = distinct_rows(name)
@@ -182,8 +200,73 @@ class Estimate:
     """Network rows per sample after the rollout."""
 
 
-class Groups:
-    """All that an algorithm may meet: paths with the steps it selects on each, and any two.
+class GroupsOfTwo(abc.ABC):
+    """All that an algorithm may meet: samples with what it notes about each, and any two."""
+
+    algorithm: Algorithm
+    items: Scored
+    """The samples."""
+    probability: Float[Tensor, " N"]
+    """Of each."""
+    forwards: float
+    """Network rows per sample for its notes."""
+
+    def estimate(self) -> Estimate:
+        """The mean and variance of the estimator over all groups."""
+        item = torch.arange(len(self.probability))
+        mean, square, forwards = torch.zeros(()), torch.zeros(()), torch.zeros(())
+        for members in torch.cartesian_prod(item, item).split(CHUNK):
+            probability = self.probability[members].prod(1)
+            gradient, rows = self.gradients(members)
+            mean = mean + probability @ gradient
+            square = square + probability @ gradient.norm(dim=1).square()
+            forwards = forwards + probability @ rows
+        return Estimate(mean, float(square - mean.square().sum()), float(forwards))
+
+    def gradients(
+        self, members: Int[Tensor, "M 2"]
+    ) -> tuple[Float[Tensor, "M D"], Float[Tensor, " M"]]:
+        """The gradient that each group, alone in a batch, would step along, and its forwards.
+
+        All groups form one batch for ``credit``, which divides by the batch; that is undone.
+        ``loss`` sees actions, not the batch, so equal actions are put to it once.
+        """
+        n_groups = len(members)
+        group = torch.arange(n_groups).repeat_interleave(GROUP_SIZE)
+        batch = self.items.take(members.flatten())
+        prompts = replace(batch.trajectory.prompts, group=group, sample_id=torch.arange(len(group)))
+        batch = replace(batch, trajectory=replace(batch.trajectory, prompts=prompts))
+        credited = self.algorithm.credit(batch)
+        weight = credited.weight * n_groups
+
+        width, name = weight.shape[1], self._names(members.flatten(), credited).flatten()
+        trained = weight.flatten() != 0
+        trained[0] = True  # never nothing: a weight of 0 adds nothing
+        place = trained.nonzero()[:, 0]
+        distinct, action = name[place].unique(return_inverse=True)
+        example = torch.empty_like(distinct).scatter_(0, action, place)
+        gradient, rows = self._action_gradients(
+            credited.actions(torch.stack([example // width, example % width], 1))
+        )
+        column = torch.zeros_like(name).scatter_(0, place, action)
+        shape = (n_groups, GROUP_SIZE * width)
+        total = embedding_bag(
+            column.view(shape), gradient, mode="sum", per_sample_weights=weight.view(shape)
+        )
+        n_actions = (weight.view(shape) != 0).double().sum(1)
+        return total, self.forwards + rows * n_actions / GROUP_SIZE
+
+    @abc.abstractmethod
+    def _names(self, item: Int[Tensor, " N"], credited: Credited) -> Int[Tensor, "N K"]:
+        """A number for each action of some items; equal for equal actions only."""
+
+    @abc.abstractmethod
+    def _action_gradients(self, actions: Actions) -> tuple[Float[Tensor, "N D"], float]:
+        """Minus the gradient of the loss of each action, and the network rows each needs."""
+
+
+class Groups(GroupsOfTwo):
+    """Paths with the steps that an algorithm selects on each, and any two.
 
     ``select`` and ``annotate`` work sample by sample, so they run once per path, not per group.
 
@@ -226,45 +309,14 @@ class Groups:
         assert rng.n_outcomes == 1, "what annotate draws is not enumerated here"
         self.forwards = (self._rows() - rows) / len(reward)
 
-    def gradients(
-        self, members: Int[Tensor, "M 2"]
-    ) -> tuple[Float[Tensor, "M D"], Float[Tensor, " M"]]:
-        """The gradient that each group, alone in a batch, would step along, and its forwards.
-
-        All groups form one batch for ``credit``, which divides by the batch; that is undone.
-        ``loss`` sees actions, not the batch, so equal actions are put to it once.
-        """
-        n_groups = len(members)
-        group = torch.arange(n_groups).repeat_interleave(GROUP_SIZE)
-        batch = self.items.take(members.flatten())
-        prompts = replace(batch.trajectory.prompts, group=group, sample_id=torch.arange(len(group)))
-        batch = replace(batch, trajectory=replace(batch.trajectory, prompts=prompts))
-        credited = self.algorithm.credit(batch)
-        weight = credited.weight * n_groups
-
-        width = weight.shape[1]
-        name = self.path[members.flatten()][:, None] * self.world.steps + credited.step
+    def _names(self, item: Int[Tensor, " N"], credited: Credited) -> Int[Tensor, "N K"]:
+        name = self.path[item][:, None] * self.world.steps + credited.step
         for values in (credited.advantage, *credited.notes.values()):
             distinct, number = values.unique(return_inverse=True)
             name = name * len(distinct) + number
-        trained = weight.flatten() != 0
-        trained[0] = True  # never nothing: a weight of 0 adds nothing
-        place = trained.nonzero()[:, 0]
-        distinct, action = name.flatten()[place].unique(return_inverse=True)
-        example = torch.empty_like(distinct).scatter_(0, action, place)
-        gradient, rows = self._action_gradients(
-            credited.actions(torch.stack([example // width, example % width], 1))
-        )
-        column = torch.zeros_like(name.flatten()).scatter_(0, place, action)
-        shape = (n_groups, GROUP_SIZE * width)
-        total = embedding_bag(
-            column.view(shape), gradient, mode="sum", per_sample_weights=weight.view(shape)
-        )
-        n_actions = (weight.view(shape) != 0).double().sum(1)
-        return total, self.forwards + rows * n_actions / GROUP_SIZE
+        return name
 
     def _action_gradients(self, actions: Actions) -> tuple[Float[Tensor, "N D"], float]:
-        """Minus the gradient of the loss of each action, and the network rows each needs."""
         n_actions, rows = len(actions.step), self._rows()
         self.new.uses.clear()
         rng = EnumeratingRng(torch.zeros(n_actions, dtype=torch.long))
@@ -293,13 +345,4 @@ def expectation(
         decoder: how paths are sampled.
         exact_values: put the exact value of each state in the place of its completion's reward.
     """
-    groups = Groups(algorithm, world, decoder, exact_values=exact_values)
-    item = torch.arange(len(groups.probability))
-    mean, square, forwards = torch.zeros(()), torch.zeros(()), torch.zeros(())
-    for members in torch.cartesian_prod(item, item).split(CHUNK):
-        probability = groups.probability[members].prod(1)
-        gradient, rows = groups.gradients(members)
-        mean = mean + probability @ gradient
-        square = square + probability @ gradient.norm(dim=1).square()
-        forwards = forwards + probability @ rows
-    return Estimate(mean, float(square - mean.square().sum()), float(forwards))
+    return Groups(algorithm, world, decoder, exact_values=exact_values).estimate()

@@ -6,24 +6,28 @@ are the ones that train, run on every outcome of their draws. Here ``annotate`` 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
 from rescore.algorithms.base import Algorithm
-from rescore.proof.oracle import GROUP_SIZE, EnumeratingRng, Estimate, distinct_rows
+from rescore.proof.oracle import (
+    GROUP_SIZE,
+    EnumeratingRng,
+    Estimate,
+    GroupsOfTwo,
+    distinct_rows,
+    on_all_outcomes,
+)
 from rescore.proof.score_worlds import ScoreWorld
 from rescore.proof.worlds import POLICY_SEED, REFERENCE_SEED
 from rescore.sampling.policy import Models, RatePolicy
 from rescore.sampling.record import Record
-from rescore.types import Actions, RateTrajectory, Scored
-
-CHUNK = 2**16
-"""Groups treated at once; bounds the memory, changes nothing else."""
+from rescore.types import Actions, Credited, RateTrajectory, Scored
 
 
 class Draws(NamedTuple):
@@ -36,14 +40,11 @@ class Draws(NamedTuple):
 
 def enumerate_draws(policy: RatePolicy, world: ScoreWorld, record: Record) -> Draws:
     """Run the sampler on all outcomes of its draws; those of probability 0 are left out."""
-    dry = EnumeratingRng(torch.zeros(1, dtype=torch.long))
-    with torch.no_grad():
-        policy.draw(world.prompts(1), record, dry)
-    rng = EnumeratingRng(torch.arange(dry.n_outcomes))
-    with torch.enable_grad():
-        trajectory = policy.draw(world.prompts(dry.n_outcomes), record, rng)
-    possible = (rng.probability > 0).nonzero()[:, 0]
-    return Draws(trajectory.take(possible), rng.probability[possible])
+    trajectory, probability = on_all_outcomes(
+        lambda n, rng: policy.draw(world.prompts(n), record, rng), EnumeratingRng
+    )
+    possible = (probability > 0).nonzero()[:, 0]
+    return Draws(trajectory.take(possible), probability[possible])
 
 
 def exact_gradient(world: ScoreWorld, beta: float = 0.0) -> Float[Tensor, " D"]:
@@ -59,8 +60,8 @@ def exact_gradient(world: ScoreWorld, beta: float = 0.0) -> Float[Tensor, " D"]:
     return _flat(torch.autograd.grad((paths.probability * value).sum(), parameters))
 
 
-class ScoreGroups:
-    """All that an algorithm may meet: samples with what it notes about each, and any two.
+class ScoreGroups(GroupsOfTwo):
+    """Samples with what an algorithm notes about each, and any two.
 
     Outcomes of the sampler that leave the same record are one; their ``log_prob`` is NaN unless
     every move is kept, for they differ in it. ``select`` and ``annotate`` work sample by sample, so
@@ -107,58 +108,18 @@ class ScoreGroups:
         self.probability = joint.new_zeros(len(first)).index_add(0, item, joint)
         self.items = items.take(first)
 
-    def gradients(
-        self, members: Int[Tensor, "M 2"]
-    ) -> tuple[Float[Tensor, "M D"], Float[Tensor, " M"]]:
-        """The gradient that each group, alone in a batch, would step along, and its forwards.
-
-        All groups form one batch for ``credit``, which divides by the batch; that is undone.
-        ``loss`` sees actions, not the batch, so equal actions are put to it once.
-        """
-        n_groups = len(members)
-        group = torch.arange(n_groups).repeat_interleave(GROUP_SIZE)
-        batch = self.items.take(members.flatten())
-        prompts = replace(batch.trajectory.prompts, group=group, sample_id=torch.arange(len(group)))
-        batch = replace(batch, trajectory=replace(batch.trajectory, prompts=prompts))
-        credited = self.algorithm.credit(batch)
-        weight = credited.weight * n_groups
-
-        n_columns = weight.shape[1]
-        name = members.flatten()[:, None] * n_columns + torch.arange(n_columns)
+    def _names(self, item: Int[Tensor, " N"], credited: Credited) -> Int[Tensor, "N K"]:
+        n_columns = credited.advantage.shape[1]
+        name = item[:, None] * n_columns + torch.arange(n_columns)
         distinct, number = credited.advantage.unique(return_inverse=True)
-        name = (name * len(distinct) + number).flatten()
-        trained = weight.flatten() != 0
-        trained[0] = True  # never nothing: a weight of 0 adds nothing
-        place = trained.nonzero()[:, 0]
-        actions, action = name[place].unique(return_inverse=True)
-        example = torch.empty_like(actions).scatter_(0, action, place)
-        gradient, rows = self._action_gradients(
-            credited.actions(torch.stack([example // n_columns, example % n_columns], 1))
-        )
-        column = torch.zeros_like(name).scatter_(0, place, action)
-        shape = (n_groups, GROUP_SIZE * n_columns)
-        total = embedding_bag(
-            column.view(shape), gradient, mode="sum", per_sample_weights=weight.view(shape)
-        )
-        n_actions = (weight.view(shape) != 0).double().sum(1)
-        return total, self.forwards + rows * n_actions / GROUP_SIZE
+        return name * len(distinct) + number
 
     def _action_gradients(self, actions: Actions) -> tuple[Float[Tensor, "N D"], float]:
-        """Minus the gradient of the loss of each action, and the network rows each needs.
-
-        The gradient of a weighted sum of losses is linear in the weights; its derivative by them,
-        one parameter at a time, gives that of every loss.
-        """
         n_actions, rows = len(actions.step), self._rows()
         rng = EnumeratingRng(torch.zeros(n_actions, dtype=torch.long))
         loss = self.algorithm.loss(self.models, actions, rng).loss
         assert rng.n_outcomes == 1, "a loss that draws has to be enumerated, which is not done here"
-        weight = torch.ones_like(loss, requires_grad=True)
-        slope = _flat(
-            torch.autograd.grad((loss * weight).sum(), self.parameters, create_graph=True)
-        )
-        columns = [torch.autograd.grad(one, weight, retain_graph=True)[0] for one in slope]
-        return -torch.stack(columns, 1), (self._rows() - rows) / n_actions
+        return -gradients_of(loss, self.parameters), (self._rows() - rows) / n_actions
 
     def _rows(self) -> int:
         return self.new.rows + (0 if self.ref is None else self.ref.rows)
@@ -166,16 +127,19 @@ class ScoreGroups:
 
 def expectation(algorithm: Algorithm, world: ScoreWorld) -> Estimate:
     """Mean and variance of an algorithm's estimator over all groups of two and all its draws."""
-    groups = ScoreGroups(algorithm, world)
-    item = torch.arange(len(groups.probability))
-    mean, square, forwards = torch.zeros(()), torch.zeros(()), torch.zeros(())
-    for members in torch.cartesian_prod(item, item).split(CHUNK):
-        probability = groups.probability[members].prod(1)
-        gradient, rows = groups.gradients(members)
-        mean = mean + probability @ gradient
-        square = square + probability @ gradient.square().sum(1)
-        forwards = forwards + probability @ rows
-    return Estimate(mean, float(square - mean.square().sum()), float(forwards))
+    return ScoreGroups(algorithm, world).estimate()
+
+
+def gradients_of(loss: Float[Tensor, " N"], parameters: Sequence[Tensor]) -> Float[Tensor, "N D"]:
+    """The gradient of every loss.
+
+    That of a weighted sum of losses is linear in the weights; its derivative by them, one parameter
+    at a time, gives that of every loss.
+    """
+    weight = torch.ones_like(loss, requires_grad=True)
+    slope = _flat(torch.autograd.grad((loss * weight).sum(), parameters, create_graph=True))
+    columns = [torch.autograd.grad(one, weight, retain_graph=True)[0] for one in slope]
+    return torch.stack(columns, 1)
 
 
 def _flat(parts: tuple[Tensor, ...]) -> Float[Tensor, " D"]:

@@ -21,7 +21,7 @@ from rescore.models.critics import Critic, ScalarCritic
 from rescore.models.denoiser import CountedScores
 from rescore.processes.convert import score_from_log_probs
 from rescore.processes.ctmc import Absorbing, Process, Uniform
-from rescore.proof.worlds import HIDDEN, REWARD_SEED
+from rescore.proof.worlds import HIDDEN, TokenWorld
 from rescore.sampling.decoder import RateDecoder
 from rescore.sampling.policy import RatePolicy
 from rescore.sampling.record import Record
@@ -36,14 +36,10 @@ CRITIC_LEVEL = 0.4
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreWorld(abc.ABC):
-    """V tokens, L positions, all of them to be written; a reward uniform in [0, 1] per sample."""
+class ScoreWorld(TokenWorld, abc.ABC):
+    """A process in continuous time, and a critic of the one prompt there is."""
 
     process: Literal["uniform", "absorbing"]
-    vocab_size: int
-    length: int
-    seed: int = 0
-    """Draws another reward and other networks."""
 
     @property
     @abc.abstractmethod
@@ -79,27 +75,6 @@ class ScoreWorld(abc.ABC):
         nn.init.constant_(critic.level, CRITIC_LEVEL)
         critic.fitted.fill_(True)
         return critic
-
-    def prompts(self, n: int) -> Prompts:
-        """n samples of the one prompt there is, nothing given; each its own group."""
-        shape = (n, self.length)
-        return Prompts(
-            tokens=torch.full(shape, self.vocab_size),
-            editable=torch.ones(shape, dtype=torch.bool),
-            group=torch.arange(n),
-            sample_id=torch.arange(n),
-            info={},
-        )
-
-    def reward(self, x_0: Int[Tensor, "B L"]) -> Float[Tensor, " B"]:
-        """r(x_0), a table of independent uniforms."""
-        shape = (self.vocab_size,) * self.length
-        table = torch.rand(shape, generator=self.generator(REWARD_SEED), dtype=torch.float64)
-        return table[x_0.unbind(1)]
-
-    def generator(self, seed: int) -> torch.Generator:
-        """What draws the rewards or the weights of a network."""
-        return torch.Generator().manual_seed(1000 * self.seed + seed)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ and carried to the parameters once, by the Jacobian of the table.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -25,31 +25,13 @@ HIDDEN = 4
 
 
 @dataclass(frozen=True)
-class World:
-    """V tokens, L positions, all of them to be written, in T steps; the policy's network.
-
-    Rewards are uniform in [0, 1], one per final canvas; networks are seeded; everything is float64.
-    """
+class TokenWorld:
+    """V tokens, L positions, all of them to be written; a reward uniform in [0, 1] per sample."""
 
     vocab_size: int
     length: int
-    steps: int
-    blocks: int
-    network: Literal["table", "mlp"]
-    """``table``: free logits for every state. ``mlp``: states share parameters."""
-    seed: int = 0
+    seed: int = field(default=0, kw_only=True)
     """Draws another reward and other networks."""
-
-    def __str__(self) -> str:
-        """Size, tokens per step (``|`` between blocks) and network, e.g. "V3L3 2+1 mlp"."""
-        block = blocks_of(self.prompts(1).editable, self.blocks)
-        quota = reveal_quota(block, self.blocks, self.steps)[0].view(self.blocks, -1).tolist()
-        pattern = "|".join("+".join(map(str, steps)) for steps in quota)
-        return f"V{self.vocab_size}L{self.length} {pattern} {self.network}"
-
-    def decoder(self, order: Order, temperature: float) -> Decoder:
-        """The protocol of this world with the given order and temperature."""
-        return Decoder(steps=self.steps, blocks=self.blocks, order=order, temperature=temperature)
 
     def prompts(self, n: int) -> Prompts:
         """n samples of the one prompt there is, all masked; each its own group."""
@@ -65,12 +47,37 @@ class World:
     def reward(self, x_0: Int[Tensor, "B L"]) -> Float[Tensor, " B"]:
         """r(x_0), a table of independent uniforms."""
         shape = (self.vocab_size,) * self.length
-        table = torch.rand(shape, generator=self._generator(REWARD_SEED), dtype=torch.float64)
+        table = torch.rand(shape, generator=self.generator(REWARD_SEED), dtype=torch.float64)
         return table[x_0.unbind(1)]
+
+    def generator(self, seed: int) -> torch.Generator:
+        """What draws the rewards or the weights of a network."""
+        return torch.Generator().manual_seed(1000 * self.seed + seed)
+
+
+@dataclass(frozen=True)
+class World(TokenWorld):
+    """A masked process in T steps and the policy's network; seeded, in float64."""
+
+    steps: int
+    blocks: int
+    network: Literal["table", "mlp"]
+    """``table``: free logits for every state. ``mlp``: states share parameters."""
+
+    def __str__(self) -> str:
+        """Size, tokens per step (``|`` between blocks) and network, e.g. "V3L3 2+1 mlp"."""
+        block = blocks_of(self.prompts(1).editable, self.blocks)
+        quota = reveal_quota(block, self.blocks, self.steps)[0].view(self.blocks, -1).tolist()
+        pattern = "|".join("+".join(map(str, steps)) for steps in quota)
+        return f"V{self.vocab_size}L{self.length} {pattern} {self.network}"
+
+    def decoder(self, order: Order, temperature: float) -> Decoder:
+        """The protocol of this world with the given order and temperature."""
+        return Decoder(steps=self.steps, blocks=self.blocks, order=order, temperature=temperature)
 
     def denoiser(self, seed: int) -> TinyDenoiser:
         """The network drawn with ``POLICY_SEED`` or ``REFERENCE_SEED``."""
-        generator = self._generator(seed)
+        generator = self.generator(seed)
         if self.network == "table":
             return TableDenoiser(self.vocab_size, self.length, generator=generator)
         return MlpDenoiser(self.vocab_size, self.length, generator=generator, hidden=HIDDEN)
@@ -79,9 +86,6 @@ class World:
         """Every canvas of tokens and masks; row s is the number s in base V + 1."""
         digits = torch.arange(self.vocab_size + 1)
         return torch.cartesian_prod(*[digits] * self.length)
-
-    def _generator(self, seed: int) -> torch.Generator:
-        return torch.Generator().manual_seed(1000 * self.seed + seed)
 
 
 class Tabled:

@@ -10,10 +10,10 @@ from rescore.processes.gaussian import (
     DeterministicTwoStep,
     HeunStep,
     TwoStep,
-    VarianceExploding,
     mean,
     step_log_prob,
 )
+from rescore.processes.gaussian_schedules import VarianceExploding
 from rescore.sampling.decoder import GaussianDecoder
 from rescore.sampling.record import Record
 from rescore.sampling.rng import Rng, Stream

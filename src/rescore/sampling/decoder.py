@@ -14,14 +14,8 @@ from torch import Tensor
 
 from rescore.processes import solvers
 from rescore.processes.convert import Prediction
-from rescore.processes.gaussian import (
-    AffineStep,
-    DiscreteTable,
-    GaussianSchedule,
-    HeunStep,
-    RectifiedFlow,
-    Step,
-)
+from rescore.processes.gaussian import AffineStep, HeunStep, Step
+from rescore.processes.gaussian_schedules import DiscreteTable, GaussianSchedule, RectifiedFlow
 from rescore.processes.masked import Order
 from rescore.processes.schedules import LogLinear, Noise
 
@@ -170,6 +164,8 @@ Solver = Literal[
 """Names of the functions of ``rescore.processes.solvers``."""
 WITH_ETA: tuple[Solver, ...] = ("ddim", "euler_maruyama", "flow_sde")
 """Random solvers that can draw more or less noise."""
+TWO_STEP: tuple[Solver, ...] = ("dpm_solver_2m_sde", "dpm_solver_2m")
+"""Solvers that look at a state and at the one before."""
 DETERMINISTIC: tuple[Solver, ...] = ("ddim_ode", "probability_flow", "heun", "dpm_solver_2m")
 """Solvers whose steps have no density."""
 
@@ -250,6 +246,11 @@ class GaussianDecoder(Decoding):
                 )
 
     @property
+    def two_step(self) -> bool:
+        """Whether a step looks at the state before its own as well."""
+        return self.solver in TWO_STEP
+
+    @property
     def is_random(self) -> bool:
         """Whether steps draw noise, so that they have likelihoods."""
         return self.solver not in DETERMINISTIC
@@ -258,6 +259,22 @@ class GaussianDecoder(Decoding):
         if self.eta_end is None:
             return self
         return replace(self, eta=self.eta + progress * (self.eta_end - self.eta), eta_end=None)
+
+    def check(self, schedule: GaussianSchedule, prediction: Prediction) -> None:
+        """Refuse a network that the solver cannot serve, at the start of a run or at its end.
+
+        Raises:
+            ValueError: as ``solve``.
+        """
+        self.solve(schedule, prediction)
+        if self.eta_end is not None:  # what lies between the two draws less noise than one of them
+            try:
+                self.at(1.0).solve(schedule, prediction)
+            except ValueError as error:
+                raise ValueError(
+                    f"decoder: eta goes from {self.eta:g} to eta_end={self.eta_end:g}, where "
+                    f"{self.solver} cannot follow: {error}"
+                ) from error
 
     @property
     def noise_eta(self) -> float:
@@ -311,7 +328,7 @@ class GaussianDecoder(Decoding):
         """
         times = self.times(schedule)
         t, s = times[:-1], times[1:]
-        if self.solver in ("dpm_solver_2m_sde", "dpm_solver_2m"):
+        if self.two_step:
             before = torch.cat([t[:1], t[:-1]])
             function = getattr(solvers, self.solver)
             return function(schedule, before, t, s, prediction=prediction)

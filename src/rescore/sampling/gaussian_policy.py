@@ -59,6 +59,22 @@ class At:
         random = self.step.is_random
         return replace(self.step, std=torch.where(random, self.step.std, 1.0)), random
 
+    def kl(self, other: State, other_before: State | None = None) -> Float[Tensor, " N"]:
+        """KL(these steps || those from the same states of who says ``other``), exact, nats.
+
+        0 where a step draws no noise.
+
+        Args:
+            other: output at the same states.
+            other_before: at the states before them, for two-step solvers.
+
+        Raises:
+            ValueError: a deterministic solver.
+        """
+        step, random = self.with_density()
+        kl = step_kl(step, self.a, other, a_before=self.a_before, a_before_ref=other_before)
+        return torch.where(random, kl, 0.0)
+
 
 @dataclass(frozen=True)
 class GaussianTransition(Transition):
@@ -68,15 +84,7 @@ class GaussianTransition(Transition):
 
     def kl(self, other: GaussianTransition) -> Float[Tensor, " N"]:
         """|difference of the means|^2 / (2 std^2)."""
-        step, random = self.at.with_density()
-        kl = step_kl(
-            step,
-            self.at.a,
-            other.at.a,
-            a_before=self.at.a_before,
-            a_before_ref=other.at.a_before,
-        )
-        return torch.where(random, kl, 0.0)
+        return self.at.kl(other.at.a, other.at.a_before)
 
 
 @dataclass(frozen=True)

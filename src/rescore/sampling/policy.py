@@ -212,6 +212,7 @@ def policy_of(network: Network, decoder: Decoding, forward_rows: int) -> Policy:
         )
     if isinstance(decoder, GaussianDecoder):
         assert isinstance(network, GaussianNetwork)
+        decoder.check(network.schedule, network.prediction)
         return GaussianPolicy(CountedOutputs(network), decoder, forward_rows)
     assert not isinstance(network, GaussianNetwork)
     if isinstance(decoder, RateDecoder):

@@ -130,3 +130,17 @@ def random_steps(active: Bool[Tensor, "B T"], n: int, rng: Rng) -> Int[Tensor, "
     log_weight = torch.where(active, 0.0, FAR_BELOW)
     step = rng.ordered(log_weight, n, n_steps, where)  # no step bears this number
     return torch.where(active.gather(1, step), step, -1)
+
+
+def some_steps(
+    active: Bool[Tensor, "B T"], n: int, rng: Rng
+) -> tuple[Int[Tensor, "B n"], Float[Tensor, "B n"]]:
+    """``random_steps`` and their weights, with which a sum over them is that over all in the mean.
+
+    Of T active steps n have weight T / n, float64; where there are fewer than n each has weight 1,
+    and the rest are step 0 of weight 0.
+    """
+    step = random_steps(active, n, rng)
+    drawn = step >= 0
+    share = active.sum(1, keepdim=True).double() / drawn.sum(1, keepdim=True)
+    return step.clamp(min=0), torch.where(drawn, share, 0.0)

@@ -23,7 +23,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rescore.models.mixture import GaussianMixture
-from rescore.processes.gaussian import AffineStep, GaussianSchedule
+from rescore.processes.gaussian import AffineStep
+from rescore.processes.gaussian_schedules import GaussianSchedule
 from rescore.rewards.reward import Reward
 from rescore.tasks.task import ContinuousTask, Split
 from rescore.types import Conditions, Given, Points, State

@@ -65,7 +65,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def show(self, sample: Outputs, /) -> str:
-        """One sample, without a batch axis, as text a person can read."""
+        """One finished sample, without a batch axis, as text a person can read."""
 
     @abc.abstractmethod
     def show_prompt(self, prompts: Given, row: int) -> str:

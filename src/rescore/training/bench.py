@@ -2,8 +2,9 @@
 
 Every network call of a real step is recorded with its inputs and made again on a copy of the
 network, with nothing around it: forwards without gradients, forwards with a backward pass,
-optimiser steps. Steps and replays alternate in one run; the figures are medians of CPU-seconds, so
-a busy machine disturbs both alike. ``overhead`` = step / bare.
+optimiser steps; those of the policy, of the reference and of a critic of noised samples, not those
+of the reward. Steps and replays alternate in one run; the figures are medians of CPU-seconds, so a
+busy machine disturbs both alike. ``overhead`` = step / bare.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from rescore.models.denoiser import CountedScores, SubsScores
 from rescore.models.finetune import reference
 from rescore.models.gaussian_network import CountedOutputs
+from rescore.models.value import ValueCritic
 from rescore.processes.ctmc import Process
 from rescore.sampling.gaussian_policy import GaussianPolicy
 from rescore.sampling.policy import MaskedPolicy, Policy, RatePolicy
@@ -56,7 +58,7 @@ class Row:
     """Prompts, gathering and bookkeeping."""
     bare_s: float
     rows: float
-    """Network rows (canvases or states through the network) per update."""
+    """Network rows (canvases or states through the network, not the critic) per update."""
     batch: int
     """Samples per rollout."""
     threads: int
@@ -123,7 +125,7 @@ class RecordedOutputs(CountedOutputs):
 
     def predict(self, x_t: State, t: Float[Tensor, " B"], inputs: Mapping[str, Tensor], /) -> State:
         """Pass the call on, count and note it."""
-        given = (x_t.detach(), t, inputs)
+        given = (x_t.detach().requires_grad_(x_t.requires_grad), t, inputs)
         self.calls.append(Call("predict", torch.is_grad_enabled(), given, {}, self.of_reference))
         return super().predict(x_t, t, inputs)
 
@@ -146,6 +148,24 @@ def recorded(policy: Policy, calls: list[Call], *, of_reference: bool = False) -
     return replace(policy, network=CountedScores(scores))
 
 
+class CriticCall(NamedTuple):
+    """One call of the network of a critic."""
+
+    grad: bool
+    inputs: tuple[State, Float[Tensor, " N"], Mapping[str, Tensor]]
+
+
+def note_critic(critic: ValueCritic, calls: list[CriticCall]) -> None:
+    """Have the network of a critic note its calls."""
+
+    def note(module: nn.Module, given: Any) -> None:
+        x_t, t, inputs = given
+        kept = x_t.detach().requires_grad_(x_t.requires_grad)
+        calls.append(CriticCall(torch.is_grad_enabled(), (kept, t, inputs)))
+
+    critic.body.register_forward_pre_hook(note)
+
+
 def measure(recipe: str, run: Run, *, repeats: int = 7) -> Row:
     """Measure ``repeats`` RL steps of a recipe, each beside its bare network calls.
 
@@ -162,13 +182,19 @@ def measure(recipe: str, run: Run, *, repeats: int = 7) -> Row:
     bare = copy.deepcopy(world.module)
     optimizer = torch.optim.AdamW([p for p in bare.parameters() if p.requires_grad])
     calls: list[Call] = []
+    critic_calls: list[CriticCall] = []
     models = world.models
+    bare_critic = None
+    if isinstance(models.critic, ValueCritic):
+        bare_critic = copy.deepcopy(models.critic)
+        note_critic(models.critic, critic_calls)
     ref = None if models.ref is None else recorded(models.ref, calls, of_reference=True)
     world.models = replace(models, new=recorded(models.new, calls), ref=ref)
 
     steps: list[dict[str, float]] = []
     for step in range(WARM_UP + repeats):
         calls.clear()
+        critic_calls.clear()
         clock = time.process_time()
         scored, spent = rollout(world, step)
         before_credit = time.process_time()
@@ -186,6 +212,8 @@ def measure(recipe: str, run: Run, *, repeats: int = 7) -> Row:
             "rows": sum(len(call.inputs[0]) for call in calls) / run.optim.updates_per_rollout,
         }
         figures["bare_s"] = replay(world, bare, optimizer, calls)
+        if bare_critic is not None:
+            figures["bare_s"] += replay_critic(bare_critic, critic_calls)
         if step >= WARM_UP:
             steps.append(figures)
     middle = {name: statistics.median(figures[name] for figures in steps) for name in steps[0]}
@@ -213,11 +241,34 @@ def replay(
         with torch.set_grad_enabled(grad), world.autocast():
             output = getattr(networks[of_reference], method)(*inputs, **options)
         if grad:
-            torch.where(output.isfinite(), output, 0.0).sum().backward()
+            total = torch.where(output.isfinite(), output, 0.0).sum()
+            backward(total, inputs[0])
     for _ in range(world.run.optim.updates_per_rollout):
         optimizer.step()
     optimizer.zero_grad()
     return time.process_time() - clock
+
+
+def replay_critic(critic: ValueCritic, calls: list[CriticCall]) -> float:
+    """Make the recorded calls of its network again; returns CPU-seconds."""
+    clock = time.process_time()
+    for grad, inputs in calls:
+        with torch.set_grad_enabled(grad):
+            output = critic.body(*inputs)
+        if grad:
+            backward(output.sum(), inputs[0])
+            if not inputs[0].requires_grad:
+                critic.optimizer.step()
+                critic.optimizer.zero_grad()
+    return time.process_time() - clock
+
+
+def backward(total: Float[Tensor, ""], x_t: Tensor) -> None:
+    """To the state where its gradient was asked for, otherwise to the weights."""
+    if x_t.requires_grad:
+        torch.autograd.grad(total, x_t)
+    else:
+        total.backward()
 
 
 def peak_memory(device: torch.device) -> float:

@@ -108,7 +108,7 @@ def train(world: World, out: Path, console: Console) -> None:
                 if gap is not None:
                     console.note(f"ratio probe: {gap:.1e} nat per step")
                     probed = True
-                world.run.algorithm.fit(world.models, credited)
+                fitted = world.run.algorithm.fit(world.models, credited)
                 update_clock = time.perf_counter()
                 rows -= world.network_rows()  # of the probe, which not every step makes
                 metrics = update(world, credited, state.step)
@@ -124,6 +124,7 @@ def train(world: World, out: Path, console: Console) -> None:
             row = {
                 "step": state.step,
                 **rollout_metrics(scored),
+                **fitted,
                 **metrics,
                 "samples": state.samples,
                 "skipped_updates": world.updater.counts.skipped,

@@ -11,7 +11,7 @@ from torch import nn
 
 from rescore.models.mixture import MixtureNetwork
 from rescore.processes.convert import Prediction
-from rescore.processes.gaussian import GaussianSchedule, VariancePreserving
+from rescore.processes.gaussian_schedules import GaussianSchedule, VariancePreserving
 from rescore.tasks.mixture import Mixture
 from rescore.tasks.task import Task
 from rescore.training.base import Base

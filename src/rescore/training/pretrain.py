@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from rescore.models.denoiser import NetworkConfig, TokenConfig
 from rescore.models.gaussian_network import GaussianConfig
@@ -187,7 +187,7 @@ def cached_base(
 
 def _key(plain: dict[str, Any], task: Task) -> str:
     """Hash of configuration, seed, data and machine: what decides the weights to the last bit."""
-    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True, default=_entries).encode())
     for split in ("train", "validation"):
         data = task.clean(split)
         digest.update(f"{split} {tuple(data.x_0.shape)}".encode())
@@ -198,6 +198,13 @@ def _key(plain: dict[str, Any], task: Task) -> str:
     return digest.hexdigest()[:16]
 
 
+def _entries(value: object) -> list[Any]:
+    """Of a tensor, such as the table of a schedule: all of them, which its text would not show."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"a {type(value).__name__} in a configuration cannot be written as JSON")
+    return value.tolist()
+
+
 def _store(folder: Path, plain: dict[str, Any], model: nn.Module, rows: list[Row]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".base-") as aside:
@@ -206,7 +213,7 @@ def _store(folder: Path, plain: dict[str, Any], model: nn.Module, rows: list[Row
         weights = {name: value.cpu() for name, value in model.state_dict().items()}
         save_file(weights, whole / "base.safetensors")
         log = {"config": plain, "log": [dataclasses.asdict(row) for row in rows]}
-        (whole / "base.json").write_text(json.dumps(log, indent=1))
+        (whole / "base.json").write_text(json.dumps(log, indent=1, default=_entries))
         try:
             os.replace(whole, folder)
         except OSError:

@@ -98,8 +98,14 @@ class World:
 
 
 def accelerator_for(run: Run) -> Accelerator:
-    """Accelerate on the device of the run; under torchrun every process takes its own."""
+    """Accelerate on the device of the run; under torchrun every process takes its own.
+
+    ``float32`` is float32: without TF32, whose rounding would hide in log-probabilities.
+    """
     device = torch.device(run.device)
+    if device.type == "cuda" and run.precision == "float32":
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     return Accelerator(cpu=device.type == "cpu")
@@ -160,7 +166,9 @@ def build(run: Run, module: nn.Module, accelerator: Accelerator) -> World:
             f"small updates; train adapters (lora), or load the base in float32"
         )
     ema = Ema(module, decay=run.ema) if run.ema else None
-    critic = run.algorithm.critic(run.task, run.seed) if run.algorithm.uses_critic else None
+    critic = None
+    if run.algorithm.uses_critic:
+        critic = run.algorithm.critic(run.task, run.decoder, run.seed)
     if critic is not None:
         critic.to(accelerator.device)
     models = Models(new=policy_with(network, run), ref=ref, critic=critic)
