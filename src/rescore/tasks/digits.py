@@ -21,7 +21,7 @@ from rescore.rewards.reward import Reward, RewardFunction
 from rescore.tasks import digits_metrics
 from rescore.tasks.digits_classifier import Classifier
 from rescore.tasks.digits_images import N_CLASSES, SIZE, intensity, part
-from rescore.tasks.task import ContinuousTask, Split
+from rescore.tasks.task import ContinuousTask, Split, check_numbers
 from rescore.types import Conditions, Given, Points
 
 Term = Literal["log_prob", "similarity", "brightness", "compressibility"]
@@ -123,12 +123,7 @@ class Digits(ContinuousTask):
         Raises:
             ValueError: a number is not in ``[0, size(split))``.
         """
-        outside = index[(index < 0) | (index >= self.size(split))]
-        if len(outside):
-            raise ValueError(
-                f"prompt {int(outside[0])} of split '{split}' does not exist; expected 0 to "
-                f"{self.size(split) - 1}"
-            )
+        check_numbers(index, split, self.size(split))
         return self._as_conditions(index % N_CLASSES)
 
     def clean(self, split: Split) -> Points:

@@ -36,7 +36,7 @@ from rescore.tasks.dna_sequences import (
     Measured,
     known_patterns,
 )
-from rescore.tasks.task import Split, TokenTask
+from rescore.tasks.task import Split, TokenTask, check_numbers
 from rescore.types import Examples, Prompts
 
 WIDTH = 12
@@ -265,12 +265,7 @@ class Dna(TokenTask):
         Raises:
             ValueError: a number is not in ``[0, size(split))``.
         """
-        outside = index[(index < 0) | (index >= self.size(split))]
-        if len(outside):
-            raise ValueError(
-                f"prompt {int(outside[0])} of split '{split}' does not exist; expected 0 to "
-                f"{self.size(split) - 1}"
-            )
+        check_numbers(index, split, self.size(split))
         return self._as_prompts(torch.full((len(index), LENGTH), self.mask_id))
 
     def clean(self, split: Split) -> Examples:

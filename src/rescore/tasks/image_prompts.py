@@ -18,7 +18,7 @@ from rescore.models.images import PROMPT
 from rescore.rewards.images import Images, jpeg_size, warn_if_black
 from rescore.rewards.reward import Reward, RewardFunction
 from rescore.tasks.records import content, place
-from rescore.tasks.task import ContinuousTask, Split
+from rescore.tasks.task import ContinuousTask, Split, check_numbers
 from rescore.types import Conditions, Given, Points, State
 
 Judge = Callable[[Images, Sequence[str]], Any]
@@ -148,12 +148,7 @@ class ImagePrompts(ContinuousTask):
             ValueError: a number is not in ``[0, size(split))``.
         """
         numbers = self._numbers[split]
-        outside = index[(index < 0) | (index >= len(numbers))].tolist()
-        if outside:
-            raise ValueError(
-                f"prompt {outside[0]} of split '{split}' does not exist; expected 0 to "
-                f"{len(numbers) - 1}"
-            )
+        check_numbers(index, split, len(numbers))
         return _conditions(torch.tensor(numbers, dtype=torch.long)[index])
 
     def clean(self, split: Split) -> Points:

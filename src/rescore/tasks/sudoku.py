@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rescore.rewards.reward import Reward
 from rescore.tasks.sudoku_grids import BOXES, MOST_BLANKS, completions, grids_4x4, puzzle_pool
-from rescore.tasks.task import Layout, Split, TokenTask
+from rescore.tasks.task import Layout, Split, TokenTask, check_numbers
 from rescore.types import Examples, Prompts
 
 
@@ -131,12 +131,7 @@ class Sudoku(TokenTask):
             ValueError: a number is not in ``[0, size(split))``, or the pool is larger than the
                 number of puzzles there are.
         """
-        n = self.size(split)
-        outside = index[(index < 0) | (index >= n)]
-        if len(outside):
-            raise ValueError(
-                f"puzzle {int(outside[0])} of split '{split}' does not exist; expected 0 to {n - 1}"
-            )
+        check_numbers(index, split, self.size(split), "puzzle")
         rows = index.cpu().numpy()
         puzzles, solutions = self._pool(split)
         return self._as_prompts(torch.tensor(puzzles[rows]), torch.tensor(solutions[rows]))

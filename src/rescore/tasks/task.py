@@ -174,3 +174,22 @@ class ContinuousTask(Task):
     def pictures(self, outputs: State) -> State | None:
         """Samples as images [B 1 H W] or [B 3 H W] in [0, 1] for the report; None: not images."""
         return None
+
+
+def check_numbers(index: Int[Tensor, " B"], split: Split, n: int, what: str = "prompt") -> None:
+    """Numbers of prompts lie in ``[0, n)``.
+
+    Args:
+        index: the numbers.
+        split: for the message.
+        n: prompts of the split.
+        what: they are called.
+
+    Raises:
+        ValueError: one does not.
+    """
+    outside = index[(index < 0) | (index >= n)].tolist()
+    if outside:
+        raise ValueError(
+            f"{what} {outside[0]} of split '{split}' does not exist; expected 0 to {n - 1}"
+        )

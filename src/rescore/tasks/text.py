@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rescore.rewards.reward import Reward
 from rescore.rewards.text import FACTS, Facts, TextFunction, on_text, pack, unpack
-from rescore.tasks.task import Split, TokenTask
+from rescore.tasks.task import Split, TokenTask, check_numbers
 from rescore.tasks.tokenizers import Tokenizer
 from rescore.types import Examples, Prompts
 
@@ -123,12 +123,7 @@ class TextTask(TokenTask):
             ValueError: a number is not in ``[0, size(split))``, or a prompt is too long.
         """
         problems = self.problems(split)
-        outside = index[(index < 0) | (index >= len(problems))].tolist()
-        if outside:
-            raise ValueError(
-                f"problem {outside[0]} of split '{split}' does not exist; expected 0 to "
-                f"{len(problems) - 1}"
-            )
+        check_numbers(index, split, len(problems), "problem")
         return self._prompts([problems[number] for number in index.tolist()])
 
     def read(self, texts: Sequence[str]) -> Prompts:
