@@ -6,10 +6,11 @@
 Every run draws the same number of samples. Each seed trains its own base, which the methods share.
 The checkpoint is chosen on validation by the reward, which is log p(3 | x) of one classifier;
 everything shown is measured on 640 test samples, all but reward and KL by the other classifier.
-``optimum`` is Bayes' rule on base samples: each counts for its p(3 | x). ``table.md`` has the
-methods at 20 steps, ``lengths.md`` policies trained at 5 and 25 steps and decoded with others,
-``frontier.svg`` and ``lengths.svg`` show the two, ``before.png`` and ``<method>.png`` samples on
-the same noise. What is already in the output directory is kept.
+``bound`` is Bayes' rule on base samples, each counting for its p(3 | x): no policy can do better,
+and few Gaussian steps of given variance do not reach it. ``table.md`` has the methods at 20 steps,
+``lengths.md`` policies trained at 5 and 25 steps and decoded with others, ``frontier.svg`` and
+``lengths.svg`` show the two, ``before.png`` and ``<method>.png`` samples on the same noise. What is
+already in the output directory is kept.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def measure(run: Run, policy: GaussianPolicy, ref: GaussianPolicy) -> dict[str, 
     return {"reward": reward, "kl": kl, "objective": reward - kl, **figures}
 
 
-def optimum(run: Run) -> dict[str, float]:
+def bound(run: Run) -> dict[str, float]:
     """What the pretrained law given the classifier's word earns, estimated on base samples."""
     path = sampled(run, base_of(run))
     log_prob = run.task.reward.terms(path.x_0, path.prompts)["log_prob"].double()
@@ -170,8 +171,8 @@ def compare(options: Options) -> None:
     runs = [replace(digits.digits_score_as_action(), seed=seed) for seed in options.seeds]
     bases = [base_of(run) for run in runs]
     before = [measure(run, base, base) for run, base in zip(runs, bases, strict=True)]
-    best = [optimum(run) for run in runs]
-    lines += [line("base", before), line("optimum", best)]
+    best = [bound(run) for run in runs]
+    lines += [line("base", before), line("bound", best)]
     steps = runs[0].decoder.steps
     for method in options.methods:
         cells = [cell(method, steps, seed, options.out)["as trained"] for seed in options.seeds]
@@ -212,7 +213,7 @@ def plot_frontier(options: Options, steps: int, best: list[dict[str, float]]) ->
             panel.plot(kl, reward, color=f"C{number}", alpha=0.7, linewidth=1, label=label)
             panel.plot(kl[-1:], reward[-1:], "o", color=f"C{number}", markersize=4)
     x, y = (statistics.mean(row[name] for row in best) for name in ("kl", "reward"))
-    panel.plot([x], [y], "k*", markersize=9, label="optimum")
+    panel.plot([x], [y], "k*", markersize=9, label="bound")
     panel.set(xlabel="KL to the base, nats per path", ylabel="log p(3 | x), training classifier")
     panel.legend(frameon=False, fontsize=8)
     panel.spines[["top", "right"]].set_visible(False)

@@ -164,7 +164,8 @@ class Bench:
     """Measure where an RL step spends its time, beside the bare network calls."""
 
     recipes: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Names of recipes; every installed one if none is given."""
+    """Names of recipes; if none is given, every installed one that runs on the CPU and trains its
+    own base."""
     json: Path | None = None
     """Also write the rows to this file."""
     repeats: int = 7
@@ -180,12 +181,16 @@ class Bench:
 def bench(arguments: Sequence[str]) -> None:
     """Measure where an RL step spends its time, beside the bare network calls."""
     options = tyro.cli(Bench, args=arguments, prog="rescore bench")
-    from rescore.training.bench import measure, print_rows
+    from rescore.training.bench import check_measurable, measure, print_rows, serves
 
     changes = {name: getattr(options, name) for name in ("seed", "device", "precision")}
     changes = {name: value for name, value in changes.items() if value is not None}
     names = options.recipes or sorted(recipes())
     runs = {name: dataclasses.replace(run_of(name), **changes) for name in names}
+    if not options.recipes:
+        runs = {name: run for name, run in runs.items() if serves(run)}
+    for run in runs.values():
+        check_measurable(run, repeats=options.repeats)
     rows = [measure(name, run, repeats=options.repeats) for name, run in runs.items()]
     print_rows(rows)
     _write_rows(options.json, rows)

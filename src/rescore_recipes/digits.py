@@ -1,11 +1,11 @@
 """Digits: an unconditional model of 8 x 8 images turned into one that writes threes.
 
-Protocol: the reward is log p(3 | x) of a classifier, in nats, and the KL costs 1 per nat. The best
-that can be had is then Bayes' rule, the pretrained law given that the classifier says 3. Its value
-is the logarithm of the mean p(3 | x) of pretrained samples, -2.5, at a KL of 1.9; to change nothing
-earns -8.0. A second classifier, fitted to other images, judges. 20 steps from noise to image, 6400
-samples in all. "python benchmarks/digits.py" makes the table and figures of
-docs/algorithms/score-as-action.md.
+Protocol: the reward is log p(3 | x) of a classifier, in nats, and the KL of paths costs 1 per nat.
+No policy can do better than Bayes' rule, the pretrained law given that the classifier says 3: the
+logarithm of the mean p(3 | x) of pretrained samples, -2.5, at a KL of 1.9. Gaussian steps of given
+variance do not reach that; to change nothing earns -8.0. A second classifier, fitted to other
+images, judges. 20 steps from noise to image, 6400 samples in all. "python benchmarks/digits.py"
+makes the table and figures of docs/algorithms/score-as-action.md.
 """
 
 from __future__ import annotations

@@ -176,3 +176,12 @@ def test_a_first_batch_of_equal_targets_leaves_the_scale_open():
     one = critic()
     one.fit(by_number(x[:1], t[:1], {}), None, target[:1], **how)
     assert one.value(x, t, {}, None).isfinite().all()
+
+
+def test_a_critic_that_diverges_is_named():
+    value, x = critic(), torch.randn(64, 2, generator=generator())
+    states = by_number(x, torch.full((64,), 0.5), {})
+    with pytest.raises(ValueError, match=r"lower its learning rate \(critic_lr=1e\+30\)"):
+        value.fit(states, None, x[:, 0], lr=1e30, epochs=4, batch=16)
+    with pytest.raises(ValueError, match="rewards that are not finite"):
+        critic().fit(states, None, torch.full((64,), math.nan), lr=1e-3, epochs=1, batch=16)

@@ -437,6 +437,8 @@ def test_what_a_run_keeps_of_a_scorer_holds_no_token(monkeypatch):
         {"batch": 0},
         {"workers": 0},
         {"retries": -1},
+        {"backoff": float("nan")},
+        {"backoff": float("inf")},
         {"backoff": -0.1},
         {"timeout": 0.0},
         {"deadline": float("inf")},

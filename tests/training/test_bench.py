@@ -26,8 +26,10 @@ from rescore.training.bench import (
     print_rows,
     recorded,
     replay_critic,
+    serves,
 )
 from rescore.training.optim import Optim
+from rescore.training.recipes import recipes, run_of
 from tiny import Match, TransformerBase, masked_policy, tiny_run, tiny_world
 
 
@@ -145,6 +147,13 @@ def test_a_recorded_network_says_the_same():
 def test_few_repeats_are_refused():
     with pytest.raises(ValueError, match="repeats=4; the median needs at least 5"):
         measure("tiny", tiny_run(), repeats=4)
+
+
+def test_large_models_are_measured_only_when_asked_for():
+    """They would take a hub, or a card, that all others have no use for."""
+    named = {name: serves(run_of(name)) for name in recipes()}
+    assert named["sudoku_egspo"] and named["digits_ddpo"] and named["dna_sepo"]
+    assert not any(named[name] for name in ("sd15_ddpo", "sd3_flow_grpo", "llada_sudoku_egspo_sa"))
 
 
 def test_a_run_that_cannot_work_is_refused():

@@ -61,6 +61,11 @@ class Algorithm(abc.ABC):
         """True if ``annotate`` asks for ``models.critic``, which ``fit`` trains."""
         return False
 
+    @property
+    def warm_up(self) -> int:
+        """Rollouts at the start that train what is beside the policy, and not the policy."""
+        return 0
+
     def check(self, decoder: Decoding, group_size: int, terms: Sequence[str]) -> None:
         """Refuse a decoder, a group size or a reward that the method cannot use.
 
@@ -147,16 +152,21 @@ class Algorithm(abc.ABC):
         """The unreduced loss of a micro-batch. Sees the models, not the batch."""
 
 
-def check_group(baseline: str, group_size: int) -> None:
-    """A group baseline needs company.
+def check_group(option: str, group_size: int, otherwise: str) -> None:
+    """What compares the samples of a group needs company.
+
+    Args:
+        option: what compares them, as it is written.
+        group_size: samples per prompt.
+        otherwise: the option that does not.
 
     Raises:
-        ValueError: a group of one with a baseline made of the group.
+        ValueError: a group of one.
     """
-    if baseline != "none" and group_size < 2:
+    if group_size < 2:
         raise ValueError(
-            f"baseline='{baseline}' compares the samples of a group, but group_size={group_size}; "
-            f"use group_size >= 2 or baseline='none'"
+            f"{option} compares the samples of a group, but group_size={group_size}; use "
+            f"group_size >= 2 or {otherwise}"
         )
 
 

@@ -82,7 +82,7 @@ class Ddpo(Algorithm):
         check_continuous("ddpo", decoder)
         check_trust_region("ddpo", self.clip, self.beta)
         if self.statistics == "group":
-            check_group("group_mean", group_size)
+            check_group("statistics='group'", group_size, "statistics='batch'")
         if not self.advantage_clip > 0:
             raise ValueError(f"ddpo: advantage_clip={self.advantage_clip} must be positive")
         if self.n_steps is not None and not 1 <= self.n_steps <= decoder.steps:

@@ -77,6 +77,10 @@ class Dpok(Algorithm):
     def uses_critic(self) -> bool:
         return True
 
+    @property
+    def warm_up(self) -> int:
+        return 1
+
     def check(self, decoder: Decoding, group_size: int, terms: Sequence[str]) -> None:
         super().check(decoder, group_size, terms)
         check_continuous("dpok", decoder)

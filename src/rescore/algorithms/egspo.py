@@ -120,7 +120,8 @@ class Egspo(Algorithm):
                 f"egspo selects steps by the entropy of the tokens they reveal, which a "
                 f"{type(decoder).__name__} does not do; use a Decoder, or reinforce"
             )
-        check_group(self.baseline, group_size)
+        if self.baseline != "none":
+            check_group(f"baseline='{self.baseline}'", group_size, "baseline='none'")
         distinct = self.selection in ("top", "bottom", "uniform", "random")
         if self.n_steps < 1 or (distinct and self.n_steps > decoder.steps):
             raise ValueError(

@@ -78,7 +78,7 @@ class FlowGrpo(Algorithm):
         super().check(decoder, group_size, terms)
         check_continuous("flow_grpo", decoder)
         check_trust_region("flow_grpo", self.clip, self.beta)
-        check_group("group_mean", group_size)
+        check_group("flow_grpo", group_size, "a method without groups, such as ddpo or dpok")
 
     def annotate(self, models: Models, scored: Scored, rng: Rng) -> Scored:
         """Ask the reference about every step."""

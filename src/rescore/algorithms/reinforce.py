@@ -60,7 +60,8 @@ class Reinforce(Algorithm):
 
     def check(self, decoder: Decoding, group_size: int, terms: Sequence[str]) -> None:
         super().check(decoder, group_size, terms)
-        check_group(self.baseline, group_size)
+        if self.baseline != "none":
+            check_group(f"baseline='{self.baseline}'", group_size, "baseline='none'")
         if not 0 <= self.beta < math.inf:
             raise ValueError(f"reinforce: beta={self.beta} must not be negative")
         if not isinstance(decoder, Decoder) and self.score != Score():

@@ -123,17 +123,27 @@ class ScoreAsAction(Algorithm):
 
     @property
     def uses_reference(self) -> bool:
-        return self.beta != 0 or bool(self.beta_end)
+        return self.beta != 0 or self.beta_end is not None
 
     @property
     def uses_critic(self) -> bool:
         return True
 
     @property
+    def warm_up(self) -> int:
+        return self.critic_rollouts
+
+    @property
     def uses_likelihood(self) -> bool:
         return self.form == "ppo"
 
     def check(self, decoder: Decoding, group_size: int, terms: Sequence[str]) -> None:
+        if isinstance(decoder, GaussianDecoder) and self.form == "ppo" and not decoder.is_random:
+            raise ValueError(
+                f"score_as_action: {decoder.solver} draws no noise, so its steps have no "
+                f"likelihood, which form='ppo' needs; use form='score_gradient', or a random "
+                f"solver, such as ddim with eta=1"
+            )
         super().check(decoder, group_size, terms)
         if not isinstance(decoder, GaussianDecoder):
             raise ValueError(
@@ -145,9 +155,17 @@ class ScoreAsAction(Algorithm):
                 raise ValueError(
                     f"score_as_action: {name}={getattr(self, name)} must be 0 or more, and finite"
                 )
-        for name in ("clip_low", "clip_high", "advantage_clip", "critic_lr"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"score_as_action: {name}={getattr(self, name)} must be positive")
+        most = {"clip_low": 1.0, "clip_high": math.inf, "advantage_clip": math.inf}
+        for name, largest in most.items():
+            if not 0 < getattr(self, name) <= largest:
+                raise ValueError(
+                    f"score_as_action: {name}={getattr(self, name)}; expected more than 0 and at "
+                    f"most {largest:g}, which clips nothing"
+                )
+        if not 0 < self.critic_lr < math.inf:
+            raise ValueError(
+                f"score_as_action: critic_lr={self.critic_lr} must be positive, and finite"
+            )
         for name in ("critic_rollouts", "critic_epochs", "critic_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(
@@ -249,19 +267,20 @@ class ScoreAsAction(Algorithm):
             "target": self._targets(value, kl),
         }
         notes |= {} if skip is None else {"skip": skip}
-        if self.form == "score_gradient":
-            notes["slope"] = path_slopes(
-                policy,
-                critic,
-                path,
-                after=self.weighting == "solver",
-                through_network=self.through_score,
-            )
         chosen = {name: _columns(note, scored.step) for name, note in notes.items()}
         earlier = (scored.step - 1).clamp(min=0)
         if isinstance(policy.steps, TwoStep | DeterministicTwoStep):
             for name in {"old", "ref"} & set(notes):
                 chosen[f"{name}_before"] = _columns(notes[name], earlier)
+        if self.form == "score_gradient":
+            chosen["slope"] = path_slopes(
+                policy,
+                critic,
+                path,
+                scored.step,
+                after=self.weighting == "solver",
+                through_network=self.through_score,
+            )
         chosen["fitted"] = critic.fitted.expand(scored.step.shape)
         bare = replace(path, output=None)
         return replace(scored, trajectory=bare, notes={**scored.notes, **chosen})

@@ -130,6 +130,10 @@ class Sepo(Algorithm):
     def uses_critic(self) -> bool:
         return self.baseline == "critic"
 
+    @property
+    def warm_up(self) -> int:
+        return int(self.uses_critic)
+
     def check(self, decoder: Decoding, group_size: int, terms: Sequence[str]) -> None:
         super().check(decoder, group_size, terms)
         if not isinstance(decoder, RateDecoder):
@@ -137,8 +141,8 @@ class Sepo(Algorithm):
                 f"sepo asks for scores at the last noise level, which a {type(decoder).__name__} "
                 f"does not have; use a RateDecoder"
             )
-        if self.baseline != "critic":
-            check_group(self.baseline, group_size)
+        if self.baseline not in ("critic", "none"):
+            check_group(f"baseline='{self.baseline}'", group_size, "baseline='none'")
         if self.normalise_std and group_size < 2:
             raise ValueError(
                 f"sepo: normalise_std divides by the spread of a group, but group_size="

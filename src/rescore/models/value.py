@@ -136,6 +136,9 @@ class ValueCritic(Learned):
         Returns:
             The share of the variance of the targets that V explained in the first pass, in which
             every state is judged before it is learned from.
+
+        Raises:
+            ValueError: an error is not finite.
         """
         spread = target.std(correction=0)
         if not self.scaled:  # until targets differ there is no scale to take from them
@@ -145,7 +148,7 @@ class ValueCritic(Learned):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         generator = torch.Generator().manual_seed(SEEDS * self.seed + int(self.fitted))
-        error = torch.zeros((), dtype=torch.float64, device=target.device)
+        error = last = torch.zeros((), dtype=torch.float64, device=target.device)
         with torch.enable_grad():
             for epoch in range(epochs):
                 for rows in torch.randperm(len(target), generator=generator).split(batch):
@@ -155,8 +158,13 @@ class ValueCritic(Learned):
                     self.optimizer.zero_grad()
                     (squared.mean() / self.spread**2).backward()
                     self.optimizer.step()
-                    if epoch == 0:
-                        error += squared.detach().double().sum()
+                    last = squared.detach().double().sum()
+                    error = error + last if epoch == 0 else error
+        if not (error + last).isfinite():
+            raise ValueError(
+                f"the critic left the finite numbers while it was fitted; lower its learning rate "
+                f"(critic_lr={lr:g}), or look for rewards that are not finite"
+            )
         self.fitted += 1
         return float(1 - error / (target - target.mean()).double().square().sum().clamp(min=1e-12))
 

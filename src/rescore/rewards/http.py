@@ -89,7 +89,7 @@ class HttpScorer:
     def __post_init__(self) -> None:
         _check_url(self.url)
         for name, least in (("batch", 1), ("workers", 1), ("retries", 0), ("backoff", 0)):
-            if getattr(self, name) < least:
+            if not least <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}; expected {least} or more")
         for name in ("timeout", "deadline"):
             if not 0 < getattr(self, name) < float("inf"):

@@ -60,11 +60,12 @@ def path_values(
         skip = None
         if critic.reward is not None:
             assert said is not None
-            some = judged[k].nonzero()[:, 0]
-            x_t = path.path[sample[some], k[some]]
-            hat = _stands_for(policy, said[sample[some], k[some]], x_t, t[some])
-            seen = critic.reward(policy.finished(hat), path.prompts.take(sample[some]))
-            skip = torch.zeros_like(t).to(x).index_copy(0, some, seen.to(x))
+            some, skip = judged[k].nonzero()[:, 0], torch.zeros_like(t).to(x)
+            if len(some):
+                x_t = path.path[sample[some], k[some]]
+                hat = _stands_for(policy, said[sample[some], k[some]], x_t, t[some])
+                seen = critic.reward(policy.finished(hat), path.prompts.take(sample[some]))
+                skip = skip.index_copy(0, some, seen.to(x))
         value = critic.value(x, t, inputs, skip)
         return value, value if skip is None else skip
 
@@ -77,16 +78,18 @@ def path_slopes(
     policy: GaussianPolicy,
     critic: ValueCritic,
     path: GaussianTrajectory,
+    step: Int[Tensor, "B K"],
     *,
     after: bool,
     through_network: bool,
-) -> Float[Tensor, "B T *shape"]:
-    """grad V in x, at the state before every step or after it; the state before that is held.
+) -> Float[Tensor, "B K *shape"]:
+    """grad V in x, at the state before given steps or after them; the state before that is held.
 
     Args:
         policy: a part of its ``forward_rows`` at a time, fewer for the graph.
         critic: of a reward that is differentiable, or of design ``plain``.
         path: recorded with its states and outputs.
+        step: of each path.
         after: at the state that the step reaches.
         through_network: also of what the network says there; otherwise that is held, and hat x_0
             changes by 1 / alpha_t per x.
@@ -98,8 +101,8 @@ def path_slopes(
     n_steps, said, times = path.n_steps, path.output, policy.times.to(path.path.device)
 
     def part(rows: Int[Tensor, " n"]) -> Tensor:
-        sample, k = _split(rows, n_steps, times)
-        k = k + int(after)
+        sample, column = _split(rows, step.shape[1], times)
+        k = step[sample, column] + int(after)
         _, t, inputs = visited(policy, path, sample, k)
         x, skip = path.path[sample, k].requires_grad_(), None
         if critic.reward is not None:
@@ -121,15 +124,13 @@ def path_slopes(
         return slope
 
     with torch.enable_grad():
-        parts = over_rows(
-            part, len(path.x_0) * n_steps, at_most=max(1, policy.forward_rows // GRAPH)
-        )
-    return torch.cat(parts).view_as(said)
+        parts = over_rows(part, step.numel(), at_most=max(1, policy.forward_rows // GRAPH))
+    return torch.cat(parts).view(*step.shape, *path.x_0.shape[1:])
 
 
-def _split(rows: Int[Tensor, " n"], n_steps: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Sample and step of numbers that run over steps first."""
-    return (rows // n_steps).to(like.device), (rows % n_steps).to(like.device)
+def _split(rows: Int[Tensor, " n"], n_columns: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Sample and column of numbers that run over columns first."""
+    return (rows // n_columns).to(like.device), (rows % n_columns).to(like.device)
 
 
 def _with_past(

@@ -31,6 +31,7 @@ from rescore.models.value import ValueCritic
 from rescore.processes.ctmc import Process
 from rescore.sampling.gaussian_policy import GaussianPolicy
 from rescore.sampling.policy import MaskedPolicy, Policy, RatePolicy
+from rescore.training.pretrained import Published
 from rescore.training.rollout import rollout
 from rescore.training.run import Run
 from rescore.training.session import build_base
@@ -63,7 +64,7 @@ class Row:
     """Samples per rollout."""
     threads: int
     peak_mb: float
-    """Largest resident memory of the process so far; device memory on CUDA."""
+    """Largest resident memory of the process so far."""
 
 
 class Call(NamedTuple):
@@ -166,17 +167,31 @@ def note_critic(critic: ValueCritic, calls: list[CriticCall]) -> None:
     critic.body.register_forward_pre_hook(note)
 
 
-def measure(recipe: str, run: Run, *, repeats: int = 7) -> Row:
-    """Measure ``repeats`` RL steps of a recipe, each beside its bare network calls.
+def serves(run: Run) -> bool:
+    """Whether a run is measured unless one asks for others: on the CPU, with a base of its own."""
+    return torch.device(run.device).type == "cpu" and not isinstance(run.base, Published)
+
+
+def check_measurable(run: Run, *, repeats: int) -> None:
+    """Before any run is measured.
 
     Raises:
-        ValueError: fewer than 5 repeats.
+        ValueError: fewer than 5 repeats, another device than the CPU, or a run that cannot work.
     """
     if repeats < 5:
         raise ValueError(f"repeats={repeats}; the median needs at least 5")
     if torch.device(run.device).type != "cpu":
         raise ValueError(f"bench counts CPU-seconds; got device '{run.device}', use --device cpu")
     run.check()
+
+
+def measure(recipe: str, run: Run, *, repeats: int = 7) -> Row:
+    """Measure ``repeats`` RL steps of a recipe, each beside its bare network calls.
+
+    Raises:
+        ValueError: as ``check_measurable``.
+    """
+    check_measurable(run, repeats=repeats)
     accelerator = accelerator_for(run)
     world = build(run, build_base(run, accelerator, print), accelerator)
     bare = copy.deepcopy(world.module)
@@ -224,7 +239,7 @@ def measure(recipe: str, run: Run, *, repeats: int = 7) -> Row:
         other_s=max(0.0, middle.pop("total_s") - parts),
         batch=run.batch_size,
         threads=torch.get_num_threads(),
-        peak_mb=peak_memory(accelerator.device),
+        peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
         **middle,
     )
 
@@ -269,13 +284,6 @@ def backward(total: Float[Tensor, ""], x_t: Tensor) -> None:
         torch.autograd.grad(total, x_t)
     else:
         total.backward()
-
-
-def peak_memory(device: torch.device) -> float:
-    """Peak memory in MB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
 def print_rows(rows: list[Row]) -> None:

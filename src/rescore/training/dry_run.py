@@ -27,8 +27,9 @@ def dry_run(run: Run, folder: Path) -> Run:
     A checkpoint of random weights in the original's layout, with a tokenizer of the original's
     class, is written into ``folder`` (unless it is there), and weights and tokenizer are read from
     it; so are the prompts and the reward model of ``Conversations``. Images are as small as the
-    miniature makes them. Two rollouts of two groups, as few denoising steps as the method allows, a
-    checkpoint after each; on the CPU if the device is not there. All other settings stay.
+    miniature makes them. Two rollouts of two groups, beside those that serve a critic alone, as few
+    denoising steps as the method allows, a checkpoint after each; on the CPU if the device is not
+    there. All other settings stay.
 
     Raises:
         ValueError: the run does not start from a pretrained model.
@@ -49,7 +50,7 @@ def dry_run(run: Run, folder: Path) -> Run:
         task=task,
         base=base,
         decoder=_few_steps(run),
-        steps=3 if run.algorithm.uses_critic else 2,  # the first rollout serves a critic alone
+        steps=run.algorithm.warm_up + 2,
         batch_size=math.lcm(2 * run.group_size, run.optim.mini_batches)
         * int(os.environ.get("WORLD_SIZE", "1")),
         evaluate=dataclasses.replace(run.evaluate, every=1, n=4, n_test=4),

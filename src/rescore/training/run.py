@@ -116,6 +116,11 @@ class Run:
                 f"batch_size={self.batch_size} is not divisible by "
                 f"optim.mini_batches={self.optim.mini_batches}"
             )
+        if self.steps <= self.algorithm.warm_up:
+            raise ValueError(
+                f"steps={self.steps}, but the first {self.algorithm.warm_up} of them train a "
+                f"critic and not the policy; use more"
+            )
         if self.algorithm.on_policy and self.optim.updates_per_rollout > 1:
             raise ValueError(
                 f"{type(self.algorithm).__name__} is on-policy: one update per rollout, but "
