@@ -26,7 +26,9 @@ from rescore.training.run import Evaluate, Run
 def digits_score_as_action() -> Run:
     """Score as Action with the clipped surrogate of increments of the value.
 
-    2 CPU-minutes after the base, which takes 80 CPU-seconds.
+    Expected on the test split, 3 seeds: reward -7.8 ± 0.2 before, -2.0 ± 0.1 after at a KL of
+    2.2 ± 0.3; the judge sees a three in 0.09 of the samples before and 0.51 ± 0.01 after. 2
+    CPU-minutes after the base, which takes 80 CPU-seconds.
     """
     return Run(
         task=Digits(conditional=False, target=3),
@@ -52,7 +54,8 @@ def digits_score_as_action() -> Run:
 def digits_score_as_action_b() -> Run:
     """Score as Action with the gradient of the value, which reaches into the classifier.
 
-    3 CPU-minutes after the base.
+    Expected: reward -2.0 ± 0.1 at a KL of 2.2 ± 0.3, accuracy 0.52 ± 0.01. 3 CPU-minutes after the
+    base.
     """
     run = digits_score_as_action()
     return replace(run, algorithm=ScoreAsAction(form="score_gradient", beta=1.0))
@@ -61,7 +64,8 @@ def digits_score_as_action_b() -> Run:
 def digits_ddpo() -> Run:
     """DDPO, its KL weighted for rewards that are divided by their standard deviation, about 3.
 
-    70 CPU-seconds after the base.
+    Expected: reward -1.7 ± 0.1 at a KL of 2.7 ± 0.2, accuracy 0.58 ± 0.03. 70 CPU-seconds after the
+    base.
     """
     run = digits_score_as_action()
     return replace(run, algorithm=Ddpo(beta=0.3, statistics="batch"))
@@ -70,7 +74,8 @@ def digits_ddpo() -> Run:
 def digits_dpok() -> Run:
     """DPOK with the same KL weight.
 
-    2 CPU-minutes after the base.
+    Expected: reward -2.0 ± 0.1 at a KL of 2.1 ± 0.2, accuracy 0.50 ± 0.01. 2 CPU-minutes after the
+    base.
     """
     run = digits_score_as_action()
     return replace(run, algorithm=Dpok(beta=1.0))

@@ -21,13 +21,15 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from gaussians import gaussian_run
 from rescore.algorithms.egspo import Egspo
+from rescore.algorithms.score_as_action import ScoreAsAction
 from rescore.algorithms.sepo import Sepo
 from rescore.models.tiny import MlpDenoiser
 from rescore.models.transformer import TransformerConfig
 from rescore.rewards.reward import RewardError
 from rescore.rewards.text import FACTS, Facts, TextFunction, unpack
-from rescore.sampling.decoder import Decoder, RateDecoder
+from rescore.sampling.decoder import Decoder, GaussianDecoder, RateDecoder
 from rescore.tasks.countdown import Countdown
 from rescore.tasks.sudoku import Sudoku
 from rescore.tasks.task import Task
@@ -168,6 +170,18 @@ SEPO = replace(
 first time without an update of the policy."""
 SEPO_GROUPS = replace(SEPO, algorithm=replace(SEPO.algorithm, baseline="leave_one_out"))
 
+ACTIONS = gaussian_run(
+    decoder=GaussianDecoder(steps=5, solver="dpm_solver_2m_sde"),
+    algorithm=ScoreAsAction(critic_epochs=2, critic_batch=16),
+    **{name: getattr(SEPO, name) for name in ("optim", "steps", "ema", "evaluate")},
+)
+"""Continuous samples; outputs, values and their slopes are gathered."""
+SLOPES = replace(
+    ACTIONS,
+    decoder=GaussianDecoder(steps=5),
+    algorithm=replace(ACTIONS.algorithm, form="score_gradient", n_steps=2),
+)
+
 
 def weights(world: World) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in world.module.named_parameters()}
@@ -248,7 +262,9 @@ def trained(run: Run, out: Path) -> dict[str, Tensor]:
     world = tiny_world(run)
     train(world, out, Console("", run.steps, enabled=False))
     assert world.updater.counts.done == 20
-    return {**weights(world), **evaluate_split(world, "validation", 5)}
+    critic = {} if world.models.critic is None else world.models.critic.saved()
+    found = {**weights(world), **evaluate_split(world, "validation", 5)}
+    return {**found, **{f"critic/{name}": tensor for name, tensor in critic.items()}}
 
 
 def stopped(run: Run, out: Path, error: type[Exception]) -> Tensor:
@@ -288,6 +304,8 @@ def on_every_process(out: Path) -> dict[str, Tensor]:
         "sepo run": trained(SEPO, out / "sepo"),
         "text run": trained(TEXT, out / "text"),
         "adaptive run": trained(ADAPTIVE, out / "adaptive"),
+        "actions run": trained(ACTIONS, out / "actions"),
+        "slopes run": trained(SLOPES, out / "slopes"),
     }
     for name, reward, error in (
         ("broken", broken_at_the_end, RewardError),
@@ -322,7 +340,7 @@ EXACT = (
     *("odd", "one", "none", "spoiled", "spare", "one side", "mini-batches"),
     *("text", "adaptive", "sepo", "sepo, no KL"),
 )
-RUNS = ("tiny", "text run", "adaptive run", "sepo run")
+RUNS = ("tiny", "text run", "adaptive run", "sepo run", "actions run", "slopes run")
 
 
 def of(case: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
