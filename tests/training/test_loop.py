@@ -6,15 +6,18 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
+from gaussians import gaussian_run, gaussian_world
 from rescore.algorithms.egspo import Egspo
 from rescore.evaluation.metrics import evaluate
 from rescore.models.finetune import Lora
 from rescore.sampling.decoder import Decoder
+from rescore.tasks.task import Split
 from rescore.training import checkpoint, loop
 from rescore.training.log import Console
 from rescore.training.loop import (
@@ -144,9 +147,7 @@ def test_the_best_of_a_run_that_averages_is_the_average(tmp_path):
         for name, p in world.module.named_parameters():
             assert torch.equal(p, saved.tensors["ema"][name])
             assert not torch.equal(p, saved.tensors["model"][name])
-        values = evaluate(
-            world.models.new, run.task, "validation", torch.arange(6), seed=run.seed ^ 0x5EED
-        )
+        values = evaluate_split(world, "validation", 6, policy=world.models.new)
         row = next(r for r in rows(tmp_path / "evaluations.jsonl") if r["step"] == step)
         assert values["reward"].mean().item() == row["metrics"]["reward"]["mean"]
 
@@ -173,13 +174,21 @@ def test_evaluation_uses_the_average_and_leaves_the_weights(tmp_path):
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)), alpha=9.0)
     own = weights(world)
     direct = evaluate(
-        world.models.new, world.run.task, "test", torch.arange(6), seed=EVALUATION_SEED
+        world.models.new, world.run.task, "test", torch.arange(6), seed=EVALUATION_SEED["test"]
     )
     after = evaluate_split(world, "test", 6)
     assert torch.equal(after["matches"], before["matches"])
     assert not torch.equal(direct["matches"], before["matches"])
     for name, p in world.module.named_parameters():
         assert torch.equal(p, own[name])
+
+
+def test_splits_do_not_share_their_noise():
+    """Where prompts are all alike, a checkpoint would be chosen on the samples it is tested on."""
+    world = gaussian_world(gaussian_run())
+    rewards = [evaluate_split(world, split, 4)["reward"] for split in get_args(Split)]
+    assert len(torch.cat(rewards).unique()) == 12
+    assert torch.equal(evaluate_split(world, "test", 4)["reward"], rewards[-1])
 
 
 def test_more_prompts_than_a_split_has_are_all_of_them():

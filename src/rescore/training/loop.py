@@ -31,8 +31,9 @@ from rescore.training.update import update
 from rescore.training.world import TrainState, World, save_state
 from rescore.types import MaskedTrajectory, Scored
 
-EVALUATION_SEED = 0x5EED
-"""Mixed into the run's seed, so that evaluation noise is not training noise."""
+EVALUATION_SEED: dict[Split, int] = {"train": 0x7EA1, "validation": 0x7A11, "test": 0x5EED}
+"""Mixed into the run's seed: evaluation noise is not training noise, and where prompts are all
+alike, checkpoints are not chosen on the very samples that they are tested on."""
 
 SAME_REQUEST_S = 1.0
 """Seconds within which repeated signals to stop count as one."""
@@ -196,7 +197,7 @@ def evaluate_split(
                 run.task,
                 split,
                 mine,
-                seed=run.seed ^ EVALUATION_SEED,
+                seed=run.seed ^ EVALUATION_SEED[split],
                 device=accelerator.device,
             )
         except RewardError as error:

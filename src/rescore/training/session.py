@@ -186,7 +186,8 @@ def write_samples(world: World, base: Policy, best: Policy, number: int, out: Pa
     Tokens: a film of the test prompt ``number``, if it has a gold output. Images: a sheet of the
     first test prompts.
     """
-    task, device, seed = world.run.task, world.accelerator.device, world.run.seed ^ EVALUATION_SEED
+    task, device = world.run.task, world.accelerator.device
+    seed = world.run.seed ^ EVALUATION_SEED["test"]
     index = torch.tensor([number])
     if isinstance(task, TokenTask) and task.gold(task.prompts("test", index)) is not None:
         (out / "samples").mkdir(exist_ok=True)
