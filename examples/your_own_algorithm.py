@@ -62,7 +62,7 @@ class Winners(Algorithm):
     def check(self, decoder: Decoder, group_size: int, terms: Sequence[str]) -> None:
         """Refuse what cannot work, before anything is loaded."""
         super().check(decoder, group_size, terms)
-        check_group("leave_one_out", group_size)
+        check_group("leave-one-out", group_size, "another baseline")
 
     def credit(self, scored: Scored) -> Credited:
         """From rewards to advantages and weights: sees the whole batch, but no model."""

@@ -41,7 +41,7 @@ class Spell(TextTask):
     completion_length: int = 8
 
     def problems(self, split: Split) -> Sequence[Problem]:
-        return [self.problem(f"{split} {n}") for n in range(16)]
+        return [self.problem(f"{split} {n}") for n in range(16 if split == "train" else 64)]
 
     @property
     def functions(self) -> Mapping[str, TextFunction]:
@@ -65,7 +65,7 @@ def spell() -> Run:
         steps=6,
         batch_size=32,
         save_every=3,
-        evaluate=Evaluate(every=3, n=16, n_test=8),
+        evaluate=Evaluate(every=3, n=64, n_test=8),
     )
 
 def everything() -> Run:
