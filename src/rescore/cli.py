@@ -164,8 +164,8 @@ class Bench:
     """Measure where an RL step spends its time, beside the bare network calls."""
 
     recipes: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Names of recipes; if none is given, every installed one that runs on the CPU and trains its
-    own base."""
+    """Names of recipes; if none is given, every installed one that runs on the CPU, trains its
+    own base and finds its packages."""
     json: Path | None = None
     """Also write the rows to this file."""
     repeats: int = 7
@@ -189,6 +189,8 @@ def bench(arguments: Sequence[str]) -> None:
     runs = {name: dataclasses.replace(run_of(name), **changes) for name in names}
     if not options.recipes:
         runs = {name: run for name, run in runs.items() if serves(run)}
+        if left_out := sorted(set(names) - set(runs)):
+            print(f"left out, name them to measure them: {', '.join(left_out)}")
     for run in runs.values():
         check_measurable(run, repeats=options.repeats)
     rows = [measure(name, run, repeats=options.repeats) for name, run in runs.items()]

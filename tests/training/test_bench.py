@@ -154,6 +154,7 @@ def test_large_models_are_measured_only_when_asked_for():
     named = {name: serves(run_of(name)) for name in recipes()}
     assert named["sudoku_egspo"] and named["digits_ddpo"] and named["dna_sepo"]
     assert not any(named[name] for name in ("sd15_ddpo", "sd3_flow_grpo", "llada_sudoku_egspo_sa"))
+    assert serves(tiny_run()) and not serves(tiny_run(batch_size=18))  # nor what cannot work
 
 
 def test_a_run_that_cannot_work_is_refused():

@@ -29,10 +29,8 @@ def visited(
 
     After the last step the time is 0: whatever the solver ends at, that is what rewards judge.
     """
-    times = policy.times.to(step.device)
-    t = torch.where(step < path.n_steps, times[step], 0.0)
-    inputs = {name: value[sample] for name, value in path.prompts.inputs.items()}
-    return _with_past(policy, path, sample, step, path.path[sample, step]), t, inputs
+    x = _with_past(policy, path, sample, step, path.path[sample, step])
+    return x, *_beside(policy, path, sample, step)
 
 
 @torch.no_grad()
@@ -103,7 +101,7 @@ def path_slopes(
     def part(rows: Int[Tensor, " n"]) -> Tensor:
         sample, column = _split(rows, step.shape[1], times)
         k = step[sample, column] + int(after)
-        _, t, inputs = visited(policy, path, sample, k)
+        t, inputs = _beside(policy, path, sample, k)
         x, skip = path.path[sample, k].requires_grad_(), None
         if critic.reward is not None:
             output = said[sample, k.clamp(max=n_steps - 1)]
@@ -131,6 +129,18 @@ def path_slopes(
 def _split(rows: Int[Tensor, " n"], n_columns: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Sample and column of numbers that run over columns first."""
     return (rows // n_columns).to(like.device), (rows % n_columns).to(like.device)
+
+
+def _beside(
+    policy: GaussianPolicy,
+    path: GaussianTrajectory,
+    sample: Int[Tensor, " n"],
+    step: Int[Tensor, " n"],
+) -> tuple[Float[Tensor, " n"], Mapping[str, Tensor]]:
+    """Time and inputs of some paths before some steps."""
+    times = policy.times.to(step.device)
+    t = torch.where(step < path.n_steps, times[step], 0.0)
+    return t, {name: value[sample] for name, value in path.prompts.inputs.items()}
 
 
 def _with_past(

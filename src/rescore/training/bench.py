@@ -168,8 +168,14 @@ def note_critic(critic: ValueCritic, calls: list[CriticCall]) -> None:
 
 
 def serves(run: Run) -> bool:
-    """Whether a run is measured unless one asks for others: on the CPU, with a base of its own."""
-    return torch.device(run.device).type == "cpu" and not isinstance(run.base, Published)
+    """Whether a run is measured if none is named: on the CPU, a base of its own, able to work."""
+    if torch.device(run.device).type != "cpu" or isinstance(run.base, Published):
+        return False
+    try:
+        run.check()
+    except ValueError:  # such as a package that is not installed
+        return False
+    return True
 
 
 def check_measurable(run: Run, *, repeats: int) -> None:
